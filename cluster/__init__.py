@@ -1,0 +1,1 @@
+"""What a user starts and talks to: configuration, Serve application, HTTP ingress, command line, benchmark."""

@@ -1,0 +1,1 @@
+"""One engine and its memory decisions: swap or recompute, host block pool, vLLM scheduler, KV connector, server."""

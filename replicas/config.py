@@ -1,0 +1,64 @@
+"""Settings of one replica's memory decisions, as they travel in vLLM's `kv_connector_extra_config`.
+
+Rule: frozen values with units in their names; a bad or unknown key is a `ValueError` that names it and the mend.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any, Self
+
+
+class PreemptionPolicy(StrEnum):
+    """How our scheduler treats a request that must give way. `stock` is vLLM's own scheduler class and not in here."""
+
+    RECOMPUTE = "recompute"
+    """Drop the KV blocks and prefill again, as vLLM does."""
+
+    SWAP = "swap"
+    """Copy the KV blocks to host memory while the host pool has room, else recompute."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapConfig:
+    """What `SwapConnector` and the scheduler read from `kv_connector_extra_config`."""
+
+    preemption: PreemptionPolicy = PreemptionPolicy.SWAP
+    """Policy at start; the control channel can change it while the engine runs."""
+
+    host_pool_bytes: int = 1 << 30
+    """Host memory for swapped-out KV blocks, per worker process (each tensor-parallel rank keeps its own shard)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.host_pool_bytes, bool) or not isinstance(self.host_pool_bytes, int):
+            raise ValueError("host_pool_bytes must be a whole number of bytes.")
+        if self.host_pool_bytes < 0:
+            raise ValueError("host_pool_bytes must not be negative; 0 turns swapping off.")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """Build from plain values (JSON or YAML).
+
+        Raises:
+            ValueError: An unknown key or policy, or a size that is not a whole number of bytes.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(mapping) - known)
+        if unknown:
+            raise ValueError(f"Unknown key {unknown[0]!r} in kv_connector_extra_config; known: {sorted(known)}.")
+        values = dict(mapping)
+        if "preemption" in values:
+            values["preemption"] = parse_policy(values["preemption"])
+        return cls(**values)
+
+
+def parse_policy(name: object) -> PreemptionPolicy:
+    """Return the policy of that name.
+
+    Raises:
+        ValueError: Not one of the policies that a running engine can follow.
+    """
+    known = [policy.value for policy in PreemptionPolicy]
+    if name not in known:
+        raise ValueError(f"preemption must be one of {known}.")
+    return PreemptionPolicy(str(name))

@@ -1,0 +1,82 @@
+"""Messages of the control channel between a replica's server and its engine: JSON, typed, size-bounded.
+
+Rule: totals are cumulative since the engine started, so that a lost message costs nothing and a repeated one adds nothing.
+"""
+
+from typing import Literal
+
+import msgspec
+
+MAX_MESSAGE_BYTES = 1 << 20
+
+
+class SetPolicy(msgspec.Struct, frozen=True, kw_only=True, tag="set_policy", forbid_unknown_fields=True):
+    """Server to engine: follow another preemption policy from the next step on."""
+
+    preemption: Literal["recompute", "swap"]
+
+
+class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forbid_unknown_fields=True):
+    """Engine to server: gauges of this moment and counters since the engine started."""
+
+    epoch: str
+    """Names this life of the engine; counters of another epoch started from zero."""
+
+    sequence: int
+    """Rises by one with every message of the epoch."""
+
+    preemption: str
+    """Policy in force."""
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    num_host_slots: int
+    num_used_host_slots: int
+    steps: int
+    scheduled_tokens: int
+    """Tokens computed, recomputed ones included."""
+
+    output_tokens: int
+    """Tokens delivered."""
+
+    swaps: int
+    recomputes: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
+    dropped_messages: int
+    """Totals that found no room on the channel; the next ones carry their content."""
+
+
+ToEngine = SetPolicy
+"""What the engine accepts; a union once there are more."""
+
+_encoder = msgspec.json.Encoder()
+_to_engine = msgspec.json.Decoder(ToEngine)
+_totals = msgspec.json.Decoder(EngineTotals)
+
+
+def encode(message: SetPolicy | EngineTotals) -> bytes:
+    """Return the message as JSON."""
+    data = _encoder.encode(message)
+    assert len(data) <= MAX_MESSAGE_BYTES, f"a {type(message).__name__} of {len(data)} bytes"
+    return data
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """Parse what a server sent.
+
+    Raises:
+        ValueError: Not a message that an engine accepts (`msgspec.ValidationError` is one).
+    """
+    return _to_engine.decode(data)
+
+
+def decode_totals(data: bytes) -> EngineTotals:
+    """Parse what an engine sent.
+
+    Raises:
+        ValueError: Not totals (`msgspec.ValidationError` is one).
+    """
+    return _totals.decode(data)

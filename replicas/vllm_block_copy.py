@@ -1,0 +1,83 @@
+"""Copies KV blocks between an engine's KV cache and a host buffer (torch).
+
+Rules:
+- A block is copied whole, in every layer: its bytes come back as they were, the partly filled last block included.
+- Ordering: on CPU the copies are synchronous; on CUDA they are enqueued on the current (compute) stream, so they run after
+  every step already launched and before the next one, and the host never waits.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+
+def bytes_per_block(kv_cache_config: object) -> int:
+    """Bytes of one KV block over all layers of one worker (vLLM's `KVCacheConfig`: tensors of `num_blocks` blocks)."""
+    num_blocks: int = kv_cache_config.num_blocks  # type: ignore[attr-defined]
+    total = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)  # type: ignore[attr-defined]
+    size, rest = divmod(total, num_blocks)
+    assert rest == 0, f"{total} bytes of KV cache do not divide into {num_blocks} blocks"
+    return size
+
+
+class BlockCopier:
+    """The worker's end: views of its KV cache as rows of blocks, and a host buffer of the same row size."""
+
+    def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, num_slots: int) -> None:
+        """Build the views and the host buffer.
+
+        Args:
+            kv_caches: Layer name to KV tensor, as vLLM registers them; layers may share storage.
+            num_blocks: Blocks in the engine's pool; every storage holds a whole number of bytes per block.
+            num_slots: Blocks that the host buffer holds.
+        """
+        self._device_rows = _unique_block_rows(kv_caches, num_blocks)
+        self._on_cpu = all(rows.device.type == "cpu" for rows in self._device_rows)
+        # Pinned memory lets CUDA copies run without a staging buffer; there is nothing to pin on CPU.
+        self._host_rows = [
+            torch.zeros((num_slots, rows.shape[1]), dtype=torch.uint8, pin_memory=not self._on_cpu)
+            for rows in self._device_rows
+        ]
+        self.block_bytes = sum(rows.shape[1] for rows in self._device_rows)
+
+    def copy_out(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy device blocks to host slots, pair by pair."""
+        for device, host in zip(self._device_rows, self._host_rows, strict=True):
+            self._copy(device, blocks, host, slots)
+
+    def copy_in(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy host slots to device blocks, pair by pair."""
+        for device, host in zip(self._device_rows, self._host_rows, strict=True):
+            self._copy(host, slots, device, blocks)
+
+    def _copy(self, source: torch.Tensor, rows: Sequence[int], target: torch.Tensor, to_rows: Sequence[int]) -> None:
+        if self._on_cpu:
+            target.index_copy_(0, torch.tensor(to_rows), source.index_select(0, torch.tensor(rows)))
+            return
+        for row, to_row in zip(rows, to_rows, strict=True):
+            target[to_row].copy_(source[row], non_blocking=True)
+
+
+def _unique_block_rows(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> list[torch.Tensor]:
+    """Views of shape (num_blocks, bytes), one or more per storage, uint8.
+
+    Source: vLLM 0.29 `v1/simple_kv_offload/worker.py`, which reads the same layout: within a storage, blocks lie at
+    multiples of the block stride; K and V may be two regions of `num_blocks` blocks each.
+    """
+    rows: list[torch.Tensor] = []
+    seen: set[int] = set()
+    for name, tensor in kv_caches.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen:
+            continue
+        seen.add(storage.data_ptr())
+        block_dim = next((dim for dim in (0, 1) if tensor.shape[dim] % num_blocks == 0), None)
+        assert block_dim is not None, (
+            f"KV cache {name} of shape {tuple(tensor.shape)} has no axis of {num_blocks} blocks"
+        )
+        physical = tensor.shape[block_dim] // num_blocks
+        row_bytes = tensor.stride(block_dim) * tensor.element_size() * physical
+        raw = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        assert raw.numel() % (num_blocks * row_bytes) == 0, f"KV cache {name}: {raw.numel()} bytes, rows of {row_bytes}"
+        rows.extend(raw.view(-1, num_blocks, row_bytes))
+    return rows

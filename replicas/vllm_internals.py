@@ -1,0 +1,26 @@
+"""The only place in this folder that imports vLLM. Each name is checked by tests/test_contracts_vllm.py.
+
+Rule: names only, no logic. After an upgrade of vLLM, `make contracts` says what moved.
+"""
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+__all__ = [
+    "AsyncScheduler",
+    "KVConnectorBase_V1",
+    "KVConnectorMetadata",
+    "KVConnectorRole",
+    "Request",
+    "Scheduler",
+    "SchedulerOutput",
+    "SchedulingPolicy",
+]
