@@ -8,6 +8,7 @@ Rules:
   `additional_config` into the compile cache's key.
 """
 
+import asyncio
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import zmq
 import zmq.asyncio
 
-from replicas.messages import MAX_MESSAGE_BYTES, EngineTotals, SetPolicy, decode_to_engine, decode_totals, encode
+from replicas.messages import EngineTotals, SetPolicy, decode_to_engine, decode_totals, encode
 
 S = TypeVar("S", bound="zmq.Socket[Any]")
 
@@ -32,7 +33,7 @@ class EngineEnd:
     """The engine's end. `receive` and `send` return at once, whatever the peer does."""
 
     def __init__(self, address: str) -> None:
-        self._socket = _bounded(zmq.Context.instance().socket(zmq.PAIR))
+        self._socket: zmq.Socket[bytes] = _bounded(zmq.Context.instance().socket(zmq.PAIR))
         self._socket.connect(address)
         self.num_dropped = 0
         """Messages that found the queue full."""
@@ -92,9 +93,10 @@ class ServerEnd:
 
     async def send(self, message: SetPolicy, *, timeout_s: float = 1.0) -> bool:
         """Queue a message for the engine; False when there is no room for `timeout_s` seconds."""
-        if not await self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
+        try:
+            await asyncio.wait_for(self._socket.send(encode(message)), timeout_s)
+        except TimeoutError:
             return False
-        await self._socket.send(encode(message), zmq.NOBLOCK)
         return True
 
     def close(self) -> None:
@@ -106,6 +108,7 @@ class ServerEnd:
 def _bounded(socket: S) -> S:
     socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
     socket.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    # No ZMQ_MAXMSGSIZE: a message above it ends the connection, and the connecting end (the engine) never comes back.
+    # Decoding refuses what is too large, and counts it.
     socket.setsockopt(zmq.LINGER, 0)
     return socket

@@ -68,8 +68,9 @@ def decode_to_engine(data: bytes) -> ToEngine:
     """Parse what a server sent.
 
     Raises:
-        ValueError: Not a message that an engine accepts (`msgspec.ValidationError` is one).
+        ValueError: Not a message that an engine accepts (`msgspec.DecodeError` is one), or too large.
     """
+    _check_size(data)
     return _to_engine.decode(data)
 
 
@@ -77,6 +78,12 @@ def decode_totals(data: bytes) -> EngineTotals:
     """Parse what an engine sent.
 
     Raises:
-        ValueError: Not totals (`msgspec.ValidationError` is one).
+        ValueError: Not totals (`msgspec.DecodeError` is one), or too large.
     """
+    _check_size(data)
     return _totals.decode(data)
+
+
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"A message of {len(data)} bytes is too large; the limit is {MAX_MESSAGE_BYTES}.")

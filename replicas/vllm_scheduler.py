@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from replicas.channel import EngineEnd
 from replicas.config import PreemptionPolicy, parse_policy
@@ -26,14 +26,9 @@ from replicas.vllm_swap import SwapConnector
 TOTALS_INTERVAL_S = 0.1
 """Seconds between two messages to the server while the engine works; it also sends when it falls idle."""
 
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
 
-
-class _AdaptiveMixin(_Base):
-    """What both schedulers add to vLLM's."""
+class _AdaptiveMixin(Scheduler):
+    """What both schedulers add to vLLM's; `super()` is the synchronous or the asynchronous one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -109,7 +104,7 @@ class _AdaptiveMixin(_Base):
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """vLLM's reset. KV from before it is invalid: nothing is swapped in its course and no host copy survives."""
         with self._reset_in_progress():
-            return super().reset_prefix_cache(*args, **kwargs)
+            return bool(super().reset_prefix_cache(*args, **kwargs))
 
     @contextmanager
     def _reset_in_progress(self) -> Iterator[None]:
@@ -161,7 +156,7 @@ class _AdaptiveMixin(_Base):
         )
 
 
-class AdaptiveScheduler(_AdaptiveMixin, Scheduler):
+class AdaptiveScheduler(_AdaptiveMixin):
     """For engines that schedule synchronously (CPU). `scheduler_cls: replicas.vllm_scheduler.AdaptiveScheduler`."""
 
 

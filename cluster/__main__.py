@@ -1,0 +1,28 @@
+"""`python -m cluster COMMAND`: one entry for everything a user does. Commands import what they need when they run."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "serve": ("cluster.serve", "start Ray on this machine and serve the model until Ctrl-C"),
+    "status": ("cluster.status", "show the replicas of a running application"),
+    "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run the command; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m cluster", description="AdaptiveLLM")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if arguments[:1] == [name]:  # the others' modules are not needed
+            importlib.import_module(module).add_arguments(command)
+    options = parser.parse_args(arguments)
+    return int(importlib.import_module(COMMANDS[options.command][0]).main(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

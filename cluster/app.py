@@ -1,0 +1,125 @@
+"""The Serve application: `import_path: cluster.app:build`, settings under `args` (see `cluster.config.AppArgs`).
+
+Rule: this is the composition root. It turns settings into Ray's own configuration values and adds nothing else.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm.ingress import make_fastapi_ingress
+
+from cluster import keys, models
+from cluster.config import SCHEDULERS, AppArgs
+from cluster.ingress import ENDPOINTS, AdaptiveIngress, make_app
+from cluster.ray_internals import maybe_apply_llm_deployment_config_defaults, to_model_metadata
+from cluster.request_checks import RequestLimits
+from replicas.features import refused_feature
+
+HEALTH_CHECK_TIMEOUT_S = 60
+"""A replica that compiles or prefills a long prompt on few cores answers late; Ray's 10 s would restart it."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build the application: one LLM deployment and the ingress in front of it.
+
+    Raises:
+        ValueError: A setting is unknown or wrong, the model is missing, or it needs a feature that is refused.
+    """
+    settings = AppArgs.from_mapping(args)
+    folder = models.require(settings.model.source, settings.state.path)
+    hf_config = json.loads((folder / "config.json").read_text()) if folder else {}
+    if refusal := refused_feature(settings.replicas.engine_kwargs, hf_config):
+        raise ValueError(refusal)
+    llm_config = make_llm_config(settings, folder)
+    model_id = settings.model.id
+    ingress = settings.ingress
+    limits = RequestLimits(
+        max_body_bytes=ingress.max_body_bytes,
+        max_header_bytes=ingress.max_header_bytes,
+        max_json_depth=ingress.max_json_depth,
+    )
+    options = maybe_apply_llm_deployment_config_defaults(
+        AdaptiveIngress.get_deployment_options([llm_config]),
+        {
+            "name": "AdaptiveIngress",
+            "num_replicas": ingress.num_replicas,
+            "max_ongoing_requests": ingress.max_ongoing_requests,
+            "ray_actor_options": {"num_cpus": ingress.num_cpus},
+        },
+    )
+    ingress_class = make_fastapi_ingress(AdaptiveIngress, endpoint_map=ENDPOINTS, app=make_app(limits))
+    return serve.deployment(ingress_class, **options).bind(
+        llm_deployments={model_id: build_llm_deployment(llm_config)},
+        model_cards={model_id: to_model_metadata(model_id, llm_config)},
+        tenant_by_key_hash=keys.load_or_create(settings.state.path).to_mapping(),
+        max_model_len=settings.replicas.max_model_len,
+        limits=limits,
+    )
+
+
+def make_llm_config(settings: AppArgs, folder: Path | None) -> LLMConfig:
+    """Return Ray's configuration of the LLM deployment.
+
+    Args:
+        folder: The model's folder on this host; None leaves a hub id to vLLM.
+    """
+    replicas = settings.replicas
+    deployment: dict[str, Any] = {
+        "num_replicas": replicas.num_replicas,
+        "max_ongoing_requests": replicas.max_ongoing_requests,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+    }
+    values: dict[str, Any] = {
+        "model_loading_config": {
+            "model_id": settings.model.id,
+            "model_source": str(folder) if folder else settings.model.source,
+        },
+        "engine_kwargs": make_engine_kwargs(settings),
+        # 50 ms by default: every token would wait for company.
+        "experimental_configs": {"stream_batching_interval_ms": 0},
+        "server_cls": "replicas.serve_server.AdaptiveLLMServer",
+    }
+    env_vars = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if replicas.accelerator == "cpu":
+        # The replica's actor and its engine each book half: Ray adds the actor's share to the first bundle.
+        deployment["ray_actor_options"] = {"num_cpus": replicas.num_cpus / 2}
+        values["accelerator_config"] = {"kind": "cpu"}
+        values["placement_group_config"] = {"bundles": [{"CPU": replicas.num_cpus / 2}]}
+        # Without `nobind` every replica of a host binds the same cores.
+        env_vars |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(replicas.cpu_threads)}
+    else:
+        deployment["ray_actor_options"] = {"num_cpus": replicas.num_cpus}
+        values["accelerator_type"] = replicas.gpu_type
+        # Model runner v2 copies victims out after it may have overwritten them; v1 before.
+        env_vars |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    return LLMConfig(**values, deployment_config=deployment, runtime_env={"env_vars": env_vars})
+
+
+def make_engine_kwargs(settings: AppArgs) -> dict[str, Any]:
+    """Return vLLM's engine arguments, our scheduler and connector among them."""
+    replicas, preemption = settings.replicas, settings.preemption
+    kwargs: dict[str, Any] = {
+        **replicas.engine_kwargs,
+        "tensor_parallel_size": replicas.tensor_parallel_size,
+        "max_model_len": replicas.max_model_len,
+        "max_num_seqs": replicas.max_num_seqs,
+    }
+    if replicas.kv_cache_bytes is not None:
+        kwargs["kv_cache_memory_bytes"] = replicas.kv_cache_bytes
+    if preemption.policy != "stock":
+        kwargs["scheduler_cls"] = SCHEDULERS[replicas.accelerator]
+        kwargs["kv_transfer_config"] = {
+            "kv_connector": "SwapConnector",
+            "kv_connector_module_path": "replicas.vllm_swap",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "preemption": preemption.policy,
+                "host_pool_bytes": preemption.host_pool_bytes,
+            },
+        }
+    return kwargs

@@ -1,0 +1,196 @@
+"""Settings of the whole product: the `args` of a Serve config file (`import_path: cluster.app:build`).
+
+Rules:
+- One place: `serve deploy FILE` and `python -m cluster serve --config FILE` read the same file into these values.
+- Frozen, units in names, unknown keys are errors. Every error is one sentence that names the field and the mend.
+- Pure: no Ray, no vLLM, no file but the one that is asked for.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+IMPORT_PATH = "cluster.app:build"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+HOME_VARIABLE = "ADAPTIVELLM_HOME"
+SCHEDULERS = {
+    "cpu": "replicas.vllm_scheduler.AdaptiveScheduler",
+    "gpu": "replicas.vllm_scheduler.AdaptiveAsyncScheduler",
+}
+"""CPU engines schedule synchronously, GPU engines ahead of the running step."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelArgs(_Settings):
+    """Which model is served, and under which name."""
+
+    id: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
+    """Name in the API's `model` field."""
+
+    source: str = Field(default=DEFAULT_MODEL, min_length=1)
+    """The default model's name, a folder in Hugging Face layout, or a hub id (`owner/name`)."""
+
+
+class ReplicaArgs(_Settings):
+    """The vLLM replicas. Sizes are per replica."""
+
+    num_replicas: int = Field(default=2, ge=1, le=1000)
+    accelerator: Literal["cpu", "gpu"] = "cpu"
+    gpu_type: str | None = None
+    """Ray's accelerator type, such as `H100`; None takes any GPU."""
+
+    num_cpus: float = Field(default=0.8, gt=0)
+    """Logical CPUs that Ray books for one replica with its engine."""
+
+    cpu_threads: int = Field(default=1, ge=1)
+    """OpenMP threads of one CPU engine."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_model_len: int = Field(default=2048, ge=64)
+    """Longest prompt plus output, in tokens."""
+
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Requests that run in one step."""
+
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+    """Requests that one replica accepts, waiting ones included; further ones wait at the ingress."""
+
+    kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
+    """Engine memory for KV blocks. None: what vLLM finds free (GPU only; CPU replicas must share the host's memory)."""
+
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further vLLM engine arguments, passed on as they are."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.accelerator == "cpu" and self.kv_cache_bytes is None:
+            raise ValueError(
+                "kv_cache_bytes must be set on CPU: replicas of one host cannot each take what they find free"
+            )
+        if self.accelerator == "cpu" and self.tensor_parallel_size > 1:
+            raise ValueError("tensor_parallel_size must be 1 on CPU: set it to 1 or use GPUs")
+        owned = {
+            "model", "served_model_name", "scheduler_cls", "kv_transfer_config", "tensor_parallel_size", "max_model_len",
+            "max_num_seqs", "kv_cache_memory_bytes", "distributed_executor_backend", "async_scheduling",
+        } & set(self.engine_kwargs)  # fmt: skip
+        if owned:
+            raise ValueError(f"engine_kwargs.{min(owned)} is set by the product: remove it there")
+        return self
+
+
+class PreemptionArgs(_Settings):
+    """What happens to a request that must give way."""
+
+    policy: Literal["stock", "recompute", "swap"] = "swap"
+    """`stock`: vLLM's own scheduler and no connector."""
+
+    host_pool_bytes: int = Field(default=1 << 30, ge=0)
+    """Host memory for swapped-out KV blocks, per worker process; 0 turns swapping off."""
+
+
+class IngressArgs(_Settings):
+    """The HTTP side."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.2, ge=0)
+    max_ongoing_requests: int = Field(default=4096, ge=1)
+    max_body_bytes: int = Field(default=1 << 20, ge=1024)
+    max_header_bytes: int = Field(default=16384, ge=1024)
+    max_json_depth: int = Field(default=32, ge=4)
+
+
+class StateArgs(_Settings):
+    """Where the product keeps what must survive a restart."""
+
+    directory: str | None = None
+    """None: `$ADAPTIVELLM_HOME`, else `~/.adaptivellm`."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.directory).expanduser() if self.directory else default_home()
+
+
+class AppArgs(_Settings):
+    """All settings of one application."""
+
+    model: ModelArgs = ModelArgs()
+    replicas: ReplicaArgs
+    preemption: PreemptionArgs = PreemptionArgs()
+    ingress: IngressArgs = IngressArgs()
+    state: StateArgs = StateArgs()
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "AppArgs":
+        """Build from plain values (YAML).
+
+        Raises:
+            ValueError: One sentence that names the first bad field and the mend.
+        """
+        try:
+            return cls.model_validate(dict(mapping))
+        except ValidationError as error:
+            raise ValueError(_sentence(error)) from None
+
+
+class ServeFile(_Settings):
+    """A Serve config file with one application of ours."""
+
+    args: AppArgs
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    route_prefix: str = "/"
+    name: str = "adaptivellm"
+
+
+def default_home() -> Path:
+    """Folder for models, keys and state: `$ADAPTIVELLM_HOME`, else `~/.adaptivellm`."""
+    return Path(os.environ.get(HOME_VARIABLE) or "~/.adaptivellm").expanduser()
+
+
+def load(path: Path) -> ServeFile:
+    """Read a Serve config file.
+
+    Raises:
+        ValueError: The file is missing, not YAML, not one application of ours, or has a bad setting.
+    """
+    if not path.is_file():
+        raise ValueError(f"Config file {path} does not exist: give --config the path of a Serve config file.")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"Config file {path} is not valid YAML: compare it with manifests/serve_local.yaml.") from None
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
+        raise ValueError(f"Config file {path} must have exactly one entry under applications.")
+    application = applications[0]
+    if application.get("import_path") != IMPORT_PATH:
+        raise ValueError(f"applications[0].import_path must be {IMPORT_PATH}.")
+    args = application.get("args") or {}
+    if not isinstance(args, dict):
+        raise ValueError("applications[0].args must be a mapping of settings.")
+    http = document.get("http_options") or {}
+    values: dict[str, Any] = {"args": AppArgs.from_mapping(args)}
+    values |= {key: http[key] for key in ("host", "port") if key in http}
+    values |= {key: application[key] for key in ("name", "route_prefix") if key in application}
+    try:
+        return ServeFile.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"Unknown setting {field}: remove it or correct its name."
+    if first["type"] == "missing":
+        return f"Setting {field} is missing: add it."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"Setting {field}: {message}." if field else f"{message}."

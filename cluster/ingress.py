@@ -1,0 +1,264 @@
+"""The HTTP ingress: authenticates, keeps out what a client may not send, forwards to a replica, streams the answer back.
+
+Rules:
+- Everything that can be refused is refused here, before an engine sees it, in OpenAI's error shape and naming the field.
+- Of the client's request only checked body fields go further: no header, no id, nothing that reaches connector or scheduler.
+- No error text of Ray's or vLLM's leaves; no prompt and no key is logged.
+"""
+
+import json
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.llm.ingress import OpenAiIngress
+
+from cluster.keys import Keyring
+from cluster.openai_errors import RequestError
+from cluster.ray_internals import ChatCompletionRequest, CompletionRequest, ErrorResponse
+from cluster.request_checks import (
+    RequestLimits,
+    check_chat,
+    check_completion,
+    check_content_type,
+    check_headers,
+    parse_body,
+)
+
+logger = logging.getLogger("ray.serve")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+ENDPOINTS = {
+    "models": lambda app: app.get("/v1/models"),
+    "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    "chat": lambda app: app.post("/v1/chat/completions"),
+    "completions": lambda app: app.post("/v1/completions"),
+}
+
+
+class AdaptiveIngress(OpenAiIngress):
+    """Ray's OpenAI ingress with our own front: authentication, checks, error shape, streaming."""
+
+    def __init__(
+        self, *, tenant_by_key_hash: dict[str, str], max_model_len: int, limits: RequestLimits, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._keyring = Keyring(tenant_by_key_hash)
+        self._max_model_len = max_model_len
+        self._limits = limits
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        self._authenticate(request)
+        cards = await super().models()
+        return JSONResponse(cards.model_dump())
+
+    async def model_data(self, request: Request, model: str) -> Response:
+        """GET /v1/models/{model}"""
+        self._authenticate(request)
+        card = self._model_cards.get(model)
+        if card is None:
+            raise _model_not_found()
+        return JSONResponse(card.model_dump())
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        return await self._generate(request, check_chat, ChatCompletionRequest, "chat")
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        return await self._generate(request, check_completion, CompletionRequest, "completions")
+
+    async def _generate(self, request: Request, check: Callable[..., Any], parse: Any, method: str) -> Response:
+        self._authenticate(request)
+        check_content_type(request.scope["headers"])
+        checked = check(
+            parse_body(await _read_body(request, self._limits.max_body_bytes), self._limits),
+            models=self._model_cards.keys(),
+            max_model_len=self._max_model_len,
+            limits=self._limits,
+        )
+        try:
+            body = parse.model_validate({**checked, "request_id": uuid.uuid4().hex})
+        except ValidationError as error:
+            raise _invalid_field(error) from None
+        try:
+            return await self._forward(body, method)
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            raise _unavailable() from error
+        except RayError as error:
+            logger.error("A replica failed before its first answer: %s", type(error).__name__)
+            raise _unavailable() from error
+
+    async def _forward(self, body: Any, method: str) -> Response:
+        # Without the raw request no header reaches the engine (X-Vllm-Priority, X-data-parallel-rank, session ids).
+        chunks = self._get_response(body=body, call_method=method, raw_request=None)
+        first = await anext(chunks)
+        item = first[0] if isinstance(first, list) else first
+        if isinstance(item, ErrorResponse):
+            raise engine_refusal(item.error.code, item.error.message, getattr(item.error, "param", None))
+        if not body.stream:
+            return Response(item.model_dump_json(), media_type="application/json")
+        return StreamingResponse(_stream(first, chunks), media_type="text/event-stream")
+
+    def _authenticate(self, request: Request) -> str:
+        """Return the tenant. The scheme is case-insensitive, the key is not."""
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        tenant = self._keyring.tenant_of(key.strip()) if scheme.lower() == "bearer" else None
+        if tenant is None:
+            raise RequestError(
+                status=401,
+                message="No valid API key: send it as `Authorization: Bearer <key>`.",
+                param=None,
+                code="invalid_api_key",
+                type="authentication_error",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return tenant
+
+
+class HeaderLimits:
+    """ASGI middleware: refuses oversized headers before anything reads them."""
+
+    def __init__(self, app: Any, limits: RequestLimits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                check_headers(scope["headers"], self._limits)
+            except RequestError as error:
+                await _error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def make_app(limits: RequestLimits) -> FastAPI:
+    """Return the FastAPI application that the endpoints are added to: our error shape, no documentation pages, no CORS."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(HeaderLimits, limits=limits)
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(404, _on_http_error)
+    app.add_exception_handler(405, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    return app
+
+
+def engine_refusal(status: Any, message: str, param: str | None) -> RequestError:
+    """Translate an engine's error into ours: the class of the fault and the field, none of the text."""
+    if status == 404:
+        return _model_not_found()
+    if not isinstance(status, int) or not 400 <= status < 500:
+        return _unavailable() if status == 503 else _internal_error()
+    if "context length" in message or "max_model_len" in message or param in ("input_tokens", "max_tokens"):
+        return RequestError(
+            status=400,
+            message="Prompt and requested output are longer than the model's context: shorten the prompt or max_tokens.",
+            param=param if param in ("max_tokens", "max_completion_tokens") else "messages/prompt",
+            code="context_length_exceeded",
+            type="invalid_request_error",
+        )
+    named = param if param and re.fullmatch(r"[\w.\[\]]{1,64}", param) else None
+    field = f"The value of {named} is" if named else "A value in the request is"
+    return RequestError(
+        status=400, message=f"{field} not accepted by the model.", param=named, code="invalid_value",
+        type="invalid_request_error",
+    )  # fmt: skip
+
+
+async def _stream(first: Any, chunks: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """Pass server-sent events on. A failure in mid-stream ends it with an error event and without `[DONE]`."""
+    try:
+        yield _events(first)
+        async for chunk in chunks:
+            yield _events(chunk)
+    except RequestError as error:
+        yield _error_event(error)
+    except RayError as error:
+        logger.error("A replica failed while streaming: %s", type(error).__name__)
+        yield _error_event(_unavailable())
+
+
+def _events(chunk: Any) -> str:
+    items = chunk if isinstance(chunk, list) else [chunk]
+    for item in items:
+        if isinstance(item, ErrorResponse):
+            raise engine_refusal(item.error.code, item.error.message, getattr(item.error, "param", None))
+    return "".join(items)
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        parts.append(part)
+        if size > max_bytes:
+            break  # one part over the limit is enough for parse_body to refuse it
+    return b"".join(parts)
+
+
+def _invalid_field(error: ValidationError) -> RequestError:
+    first = error.errors(include_input=False, include_context=False, include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"][:2]) or None
+    named = field if field and re.fullmatch(r"[\w.]{1,64}", field) else None
+    return RequestError(
+        status=400, message=f"The value of {named or 'a field'} is not valid.", param=named, code="invalid_value",
+        type="invalid_request_error",
+    )  # fmt: skip
+
+
+def _model_not_found() -> RequestError:
+    return RequestError(
+        status=404, message="The model does not exist: see /v1/models.", param="model", code="model_not_found",
+        type="invalid_request_error",
+    )  # fmt: skip
+
+
+def _unavailable() -> RequestError:
+    return RequestError(
+        status=503, message="No replica could take the request: try again shortly.", param=None,
+        code="service_unavailable", type="server_error", headers={"Retry-After": "1"},
+    )  # fmt: skip
+
+
+def _internal_error() -> RequestError:
+    return RequestError(
+        status=500, message="The server failed to answer.", param=None, code="internal_error", type="server_error"
+    )
+
+
+def _error_response(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status, headers=dict(error.headers))
+
+
+def _error_event(error: RequestError) -> str:
+    return f"data: {json.dumps(error.body())}\n\n"
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError), type(error)
+    return _error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException) or hasattr(error, "status_code"), type(error)
+    status = getattr(error, "status_code", 404)
+    message = "There is nothing at this path." if status == 404 else "This path does not take that method."
+    return _error_response(
+        RequestError(status=status, message=message, param=None, code=None, type="invalid_request_error")
+    )
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    logger.error("Unexpected %s while answering", type(error).__name__, exc_info=error)
+    return _error_response(_internal_error())

@@ -1,0 +1,86 @@
+"""API keys: made from 256 random bits, stored as SHA-256, compared in constant time.
+
+Rules: a key is shown once and never stored in the clear, but for the bootstrap key of a new installation, which alone lives
+in a file of mode 0600 so that a newcomer can find it. Random keys need no slow hash.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+BOOTSTRAP_TENANT = "default"
+
+
+class Keyring:
+    """Key hashes and the tenant each belongs to."""
+
+    def __init__(self, tenant_by_hash: Mapping[str, str]) -> None:
+        self._tenant_by_hash = dict(tenant_by_hash)
+
+    def tenant_of(self, key: str) -> str | None:
+        """Return the tenant of a key, or None; takes the same time whichever key matches."""
+        digest = hash_key(key)
+        found = None
+        for known, tenant in self._tenant_by_hash.items():
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        return found
+
+    def to_mapping(self) -> dict[str, str]:
+        """Hash to tenant, for the ingress replicas."""
+        return dict(self._tenant_by_hash)
+
+
+def new_key() -> str:
+    """Return a fresh key."""
+    return f"sk-adaptive-{secrets.token_urlsafe(32)}"
+
+
+def hash_key(key: str) -> str:
+    """Return the SHA-256 of a key, in hex. Keys that are not valid text hash too, to a value that nobody has."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def load_or_create(directory: Path) -> Keyring:
+    """Read the keyring of an installation; a new one gets a bootstrap key.
+
+    Raises:
+        ValueError: The keyring file is damaged, or others may read it.
+    """
+    path = directory / "keys.json"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        key = new_key()
+        write_secret(bootstrap_key_path(directory), key + "\n")
+        write_secret(path, json.dumps({hash_key(key): BOOTSTRAP_TENANT}))
+    _refuse_if_open_to_others(path)
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict) or not all(isinstance(tenant, str) for tenant in stored.values()):
+        raise ValueError(f"The key file {path} is damaged: restore it from a backup, or remove it to get a new key.")
+    return Keyring(stored)
+
+
+def bootstrap_key_path(directory: Path) -> Path:
+    """Where a new installation's first key lies in the clear."""
+    return directory / "api_key"
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def _refuse_if_open_to_others(path: Path) -> None:
+    if path.stat().st_mode & 0o077:
+        raise ValueError(f"The key file {path} can be read by others: run chmod 600 on it.")

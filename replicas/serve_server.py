@@ -1,0 +1,103 @@
+"""One replica: Ray Serve's LLM server around a vLLM engine, plus our control channel to the engine's process.
+
+Rules:
+- The channel's address and our process id are in the environment before the engine starts; its processes inherit both.
+- A request never waits for anything here; what other actors and people want to know is what the engine last reported.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import msgspec
+from ray.serve.llm import LLMServer
+from ray.util.metrics import Counter, Gauge
+
+from replicas.channel import CHANNEL_VARIABLE, ServerEnd
+from replicas.config import parse_policy
+from replicas.messages import EngineTotals, SetPolicy
+from replicas.parent_watch import PARENT_VARIABLE
+
+logger = logging.getLogger("ray.serve")
+
+
+class AdaptiveLLMServer(LLMServer):
+    """The deployment class of a replica (`LLMConfig.server_cls: replicas.serve_server.AdaptiveLLMServer`)."""
+
+    async def start(self) -> None:
+        """Open the channel, then start the engine."""
+        self._totals: EngineTotals | None = None
+        self._totals_at_s = 0.0
+        self._metrics = _Metrics()
+        self._channel = ServerEnd()
+        os.environ[CHANNEL_VARIABLE] = self._channel.address
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
+        self._reader = asyncio.create_task(self._read_totals())
+        await super().start()
+
+    async def status(self) -> dict[str, Any]:
+        """What the engine last reported, and how many seconds ago; `totals` is None before its first step."""
+        totals = self._totals
+        return {
+            "replica": os.environ.get("RAY_SERVE_REPLICA_ID", "") or f"pid-{os.getpid()}",
+            "pid": os.getpid(),
+            "age_s": round(time.monotonic() - self._totals_at_s, 3) if totals else None,
+            "totals": msgspec.to_builtins(totals) if totals else None,
+        }
+
+    async def set_policy(self, preemption: str) -> bool:
+        """Let the engine follow another preemption policy; False when it does not take the message within a second.
+
+        Raises:
+            ValueError: No such policy.
+        """
+        return await self._channel.send(SetPolicy(preemption=parse_policy(preemption).value))
+
+    async def check_health(self) -> None:
+        """The engine's health, and that its reports are still read."""
+        if self._reader.done():
+            self._reader.result()  # raises what ended it
+        await super().check_health()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """For request routers: the engine's last report beside Ray's own entries."""
+        stats: dict[str, Any] = dict(await super().record_routing_stats())
+        if self._totals is not None:
+            stats["adaptivellm"] = msgspec.to_builtins(self._totals)
+        return stats
+
+    async def _read_totals(self) -> None:
+        while True:
+            totals = await self._channel.receive()
+            self._metrics.update(self._totals, totals)
+            self._totals, self._totals_at_s = totals, time.monotonic()
+
+
+class _Metrics:
+    """Ray metrics of one replica."""
+
+    def __init__(self) -> None:
+        self._preemptions = Counter(
+            "adaptivellm_preemptions_total", description="Requests that gave way.", tag_keys=("action",)
+        )
+        self._output_tokens = Counter("adaptivellm_output_tokens_total", description="Tokens delivered.")
+        self._host_slots = Gauge(
+            "adaptivellm_host_pool_blocks", description="KV blocks of the host pool.", tag_keys=("state",)
+        )
+
+    def update(self, before: EngineTotals | None, now: EngineTotals) -> None:
+        if before is not None and before.epoch != now.epoch:
+            before = None
+
+        def increment(counter: Counter, field: str, tags: dict[str, str] | None = None) -> None:
+            amount = getattr(now, field) - (getattr(before, field) if before else 0)
+            if amount > 0:
+                counter.inc(amount, tags=tags)
+
+        increment(self._preemptions, "swaps", {"action": "swap"})
+        increment(self._preemptions, "recomputes", {"action": "recompute"})
+        increment(self._output_tokens, "output_tokens")
+        self._host_slots.set(now.num_used_host_slots, tags={"state": "used"})
+        self._host_slots.set(now.num_host_slots - now.num_used_host_slots, tags={"state": "free"})
