@@ -103,7 +103,7 @@ class IngressArgs(_Settings):
     max_ongoing_requests: int = Field(default=4096, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     max_header_bytes: int = Field(default=16384, ge=1024)
-    max_json_depth: int = Field(default=32, ge=4)
+    max_json_depth: int = Field(default=32, ge=4, le=256)
 
 
 class StateArgs(_Settings):

@@ -21,8 +21,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.llm.ingress import OpenAiIngress
 
 from cluster.keys import Keyring
-from cluster.openai_errors import RequestError
-from cluster.ray_internals import ChatCompletionRequest, CompletionRequest, ErrorResponse
+from cluster.openai_errors import RequestError, invalid, model_not_found
+from cluster.ray_internals import ChatCompletionRequest, CompletionRequest, ErrorInfo, ErrorResponse
 from cluster.request_checks import (
     RequestLimits,
     check_chat,
@@ -37,6 +37,9 @@ logger = logging.getLogger("ray.serve")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+PROMPT_FIELDS = {"chat": "messages", "completions": "prompt"}
+"""What each of Ray's engine methods calls its prompt in the API."""
 
 ENDPOINTS = {
     "models": lambda app: app.get("/v1/models"),
@@ -68,7 +71,7 @@ class AdaptiveIngress(OpenAiIngress):
         self._authenticate(request)
         card = self._model_cards.get(model)
         if card is None:
-            raise _model_not_found()
+            raise model_not_found()
         return JSONResponse(card.model_dump())
 
     async def chat(self, request: Request) -> Response:
@@ -106,10 +109,10 @@ class AdaptiveIngress(OpenAiIngress):
         first = await anext(chunks)
         item = first[0] if isinstance(first, list) else first
         if isinstance(item, ErrorResponse):
-            raise engine_refusal(item.error.code, item.error.message, getattr(item.error, "param", None))
+            raise engine_refusal(item.error, PROMPT_FIELDS[method])
         if not body.stream:
             return Response(item.model_dump_json(), media_type="application/json")
-        return StreamingResponse(_stream(first, chunks), media_type="text/event-stream")
+        return StreamingResponse(_stream(first, chunks, PROMPT_FIELDS[method]), media_type="text/event-stream")
 
     def _authenticate(self, request: Request) -> str:
         """Return the tenant. The scheme is case-insensitive, the key is not."""
@@ -154,34 +157,31 @@ def make_app(limits: RequestLimits) -> FastAPI:
     return app
 
 
-def engine_refusal(status: Any, message: str, param: str | None) -> RequestError:
-    """Translate an engine's error into ours: the class of the fault and the field, none of the text."""
+def engine_refusal(error: ErrorInfo, prompt_field: str) -> RequestError:
+    """Translate an engine's error into ours: the class of the fault and the field, none of the text.
+
+    Args:
+        error: Status in `code`, text in `message`, the field in `param` where vLLM names one.
+        prompt_field: What the endpoint calls its prompt.
+    """
+    status, param = error.code, getattr(error, "param", None)
     if status == 404:
-        return _model_not_found()
-    if not isinstance(status, int) or not 400 <= status < 500:
+        return model_not_found()
+    if not 400 <= status < 500:
         return _unavailable() if status == 503 else _internal_error()
-    if "context length" in message or "max_model_len" in message or param in ("input_tokens", "max_tokens"):
-        return RequestError(
-            status=400,
-            message="Prompt and requested output are longer than the model's context: shorten the prompt or max_tokens.",
-            param=param if param in ("max_tokens", "max_completion_tokens") else "messages/prompt",
-            code="context_length_exceeded",
-            type="invalid_request_error",
-        )
+    if "context length" in error.message or "max_model_len" in error.message or param == "input_tokens":
+        message = f"{prompt_field} and max_tokens together are longer than the model's context: shorten one of them."
+        return invalid(prompt_field, message, "context_length_exceeded")
     named = param if param and re.fullmatch(r"[\w.\[\]]{1,64}", param) else None
-    field = f"The value of {named} is" if named else "A value in the request is"
-    return RequestError(
-        status=400, message=f"{field} not accepted by the model.", param=named, code="invalid_value",
-        type="invalid_request_error",
-    )  # fmt: skip
+    return invalid(named, f"{named or 'A value in the request'} is not accepted by the model.")
 
 
-async def _stream(first: Any, chunks: AsyncIterator[Any]) -> AsyncIterator[str]:
+async def _stream(first: Any, chunks: AsyncIterator[Any], prompt_field: str) -> AsyncIterator[str]:
     """Pass server-sent events on. A failure in mid-stream ends it with an error event and without `[DONE]`."""
     try:
-        yield _events(first)
+        yield _events(first, prompt_field)
         async for chunk in chunks:
-            yield _events(chunk)
+            yield _events(chunk, prompt_field)
     except RequestError as error:
         yield _error_event(error)
     except RayError as error:
@@ -189,11 +189,11 @@ async def _stream(first: Any, chunks: AsyncIterator[Any]) -> AsyncIterator[str]:
         yield _error_event(_unavailable())
 
 
-def _events(chunk: Any) -> str:
+def _events(chunk: Any, prompt_field: str) -> str:
     items = chunk if isinstance(chunk, list) else [chunk]
     for item in items:
         if isinstance(item, ErrorResponse):
-            raise engine_refusal(item.error.code, item.error.message, getattr(item.error, "param", None))
+            raise engine_refusal(item.error, prompt_field)
     return "".join(items)
 
 
@@ -208,20 +208,11 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def _invalid_field(error: ValidationError) -> RequestError:
+    """What vLLM's own request model refuses although our checks let it pass."""
     first = error.errors(include_input=False, include_context=False, include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"][:2]) or None
-    named = field if field and re.fullmatch(r"[\w.]{1,64}", field) else None
-    return RequestError(
-        status=400, message=f"The value of {named or 'a field'} is not valid.", param=named, code="invalid_value",
-        type="invalid_request_error",
-    )  # fmt: skip
-
-
-def _model_not_found() -> RequestError:
-    return RequestError(
-        status=404, message="The model does not exist: see /v1/models.", param="model", code="model_not_found",
-        type="invalid_request_error",
-    )  # fmt: skip
+    field = ".".join(str(part) for part in first["loc"][:2])
+    named = field if re.fullmatch(r"[\w.]{1,64}", field) else None
+    return invalid(named, f"{named or 'A field of the request'} is not valid.")
 
 
 def _unavailable() -> RequestError:

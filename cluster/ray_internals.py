@@ -7,6 +7,7 @@ from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_confi
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     CompletionRequest,
+    ErrorInfo,
     ErrorResponse,
     to_model_metadata,
 )
@@ -14,6 +15,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
 __all__ = [
     "ChatCompletionRequest",
     "CompletionRequest",
+    "ErrorInfo",
     "ErrorResponse",
     "maybe_apply_llm_deployment_config_defaults",
     "to_model_metadata",

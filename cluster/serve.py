@@ -175,7 +175,8 @@ def prepare_environment() -> None:
     os.umask(0o077)  # Ray writes its authentication token and logs with the default mode
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray runs its workers at niceness 15, where any other process of the host would starve an engine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def round_up_cpus(args: AppArgs) -> int:

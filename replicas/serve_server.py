@@ -19,12 +19,15 @@ from replicas.channel import CHANNEL_VARIABLE, ServerEnd
 from replicas.config import parse_policy
 from replicas.messages import EngineTotals, SetPolicy
 from replicas.parent_watch import PARENT_VARIABLE
+from replicas.serve_engine import AdaptiveVLLMEngine
 
 logger = logging.getLogger("ray.serve")
 
 
 class AdaptiveLLMServer(LLMServer):
     """The deployment class of a replica (`LLMConfig.server_cls: replicas.serve_server.AdaptiveLLMServer`)."""
+
+    _default_engine_cls = AdaptiveVLLMEngine
 
     async def start(self) -> None:
         """Open the channel, then start the engine."""

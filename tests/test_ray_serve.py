@@ -1,0 +1,306 @@
+"""Goal: what a user does with `make serve` works, and nothing a client sends makes it fail.
+
+Method: one real cluster for the file, started by the command itself on free ports (two replicas of the default model), used
+over HTTP, by the openai client and by `python -m cluster status`; the last tests kill a replica and press Ctrl-C.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+MODEL = "smollm2-135m-instruct"
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+HELLO = [{"role": "user", "content": "Say hello."}]
+
+
+@dataclass
+class Running:
+    url: str
+    key: str
+    process: subprocess.Popen[str]
+
+    def post(self, path: str, body: Any = None, *, content: bytes | None = None, **headers: str) -> httpx.Response:
+        sent = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+        data = content if content is not None else json.dumps(body).encode()
+        return httpx.post(self.url + path, content=data, headers=sent, timeout=120)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    """The tests' environment without what conftest sets for engines inside the test process."""
+    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_LOGGING_LEVEL")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster", "serve", "--port", str(port), "--dashboard-port", str(free_port())],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True,
+    )  # fmt: skip
+    lines, key = [], ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("API key: "):
+            key = line.removeprefix("API key: ").strip()
+        if line.startswith("Ctrl-C stops"):
+            break
+    if not key:
+        process.kill()
+        pytest.fail("serve did not come up:\n" + "".join(lines[-40:]))
+    yield Running(f"http://127.0.0.1:{port}", key, process)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        process.wait(90)
+
+
+def status(running: Running) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "cluster", "status", "--json", "-", "--interval-s", "0.2"]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
+    replicas: list[dict[str, Any]] = json.loads(answer.stdout[answer.stdout.index("{") :])["replicas"]
+    return replicas
+
+
+def assert_openai_error(answer: httpx.Response, status_code: int, param: str | None) -> None:
+    assert answer.status_code == status_code, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param, error
+    for internal in ("Traceback", "ray.", "vllm", "pydantic", "/site-packages/"):
+        assert internal not in answer.text
+
+
+def test_models_are_listed(running: Running) -> None:
+    answer = httpx.get(running.url + "/v1/models", headers={"authorization": f"Bearer {running.key}"})
+    assert [card["id"] for card in answer.json()["data"]] == [MODEL]
+    one = httpx.get(f"{running.url}/v1/models/{MODEL}", headers={"authorization": f"Bearer {running.key}"})
+    assert one.json()["id"] == MODEL
+
+
+def test_a_chat_is_answered_with_usage(running: Running) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = running.post(CHAT, {"model": MODEL, "messages": question, "max_tokens": 16, "temperature": 0})
+    assert answer.status_code == 200, answer.text
+    assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+    usage = answer.json()["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_the_openai_client_streams_a_chat(running: Running) -> None:
+    client = openai.OpenAI(base_url=running.url + "/v1", api_key=running.key)
+    stream = client.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=12, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens <= 12
+    assert len(chunks) > 4, "tokens must not wait for company"
+
+
+def test_completions_answer_streamed_and_not(running: Running) -> None:
+    body = {"model": MODEL, "prompt": "One, two, three,", "max_tokens": 8, "temperature": 0}
+    whole = running.post(COMPLETIONS, body).json()
+    assert whole["usage"]["completion_tokens"] <= 8
+    streamed = running.post(COMPLETIONS, body | {"stream": True}).text
+    events = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == whole["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer wrong", "Basic abc", "Bearer \xff"])
+def test_a_wrong_key_gets_401(running: Running, authorization: str) -> None:
+    headers = [(b"authorization", authorization.encode("latin-1"))] if authorization else []
+    answer = httpx.post(running.url + CHAT, headers=headers, json={"model": MODEL, "messages": HELLO})
+    assert_openai_error(answer, 401, None)
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status_code"),
+    [
+        ("malformed", b'{"model": ', 400),
+        ("empty", b"", 400),
+        ("a list", b"[]", 400),
+        ("deep nesting", b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        ("invalid UTF-8", b'{"model": "\xff\xfe"}', 400),
+        ("NaN", b'{"temperature": NaN}', 400),
+        ("too long", b'{"messages": "' + b"x" * (1 << 20) + b'"}', 413),
+    ],
+)
+def test_a_bad_body_gets_4xx(running: Running, name: str, content: bytes, status_code: int) -> None:
+    assert_openai_error(running.post(CHAT, content=content), status_code, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "status_code", "param"),
+    [
+        ({"model": "unknown"}, 404, "model"),
+        ({"model": None}, 400, "model"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"max_tokens": "many"}, 400, "max_tokens"),
+        ({"max_tokens": 10**30}, 400, "max_tokens"),
+        ({"n": 0}, 400, "n"),
+        ({"n": 100000}, 400, "n"),
+        ({"temperature": 9}, 400, "temperature"),
+        ({"messages": []}, 400, "messages"),
+        ({"prompt_logprobs": 1}, 400, "prompt_logprobs"),
+        ({"allowed_token_ids": [1]}, 400, "allowed_token_ids"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"chat_template": "{{ 1 }}"}, 400, "chat_template"),
+        ({"chat_template_kwargs": {"a": 1}}, 400, "chat_template_kwargs"),
+        ({"use_beam_search": True}, 400, "use_beam_search"),
+        ({"kv_transfer_params": {"a": 1}}, 400, "kv_transfer_params"),
+        ({"cache_salt": "x"}, 400, "cache_salt"),
+        ({"priority": -5}, 400, "priority"),
+        ({"vllm_xargs": {"a": 1}}, 400, "vllm_xargs"),
+    ],
+)
+def test_a_bad_chat_field_is_named(
+    running: Running, change: dict[str, Any], status_code: int, param: str | None
+) -> None:
+    answer = running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 4} | change)
+    assert_openai_error(answer, status_code, param)
+
+
+def test_echo_with_logprobs_is_refused(running: Running) -> None:
+    body = {"model": MODEL, "prompt": "a", "echo": True, "logprobs": 1}
+    assert_openai_error(running.post(COMPLETIONS, body), 400, "echo")
+
+
+def test_a_prompt_longer_than_the_context_is_refused(running: Running) -> None:
+    answer = running.post(COMPLETIONS, {"model": MODEL, "prompt": "word " * 5000, "max_tokens": 4})
+    assert_openai_error(answer, 400, "prompt")
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    messages = [{"role": "user", "content": "word " * 5000}]
+    assert_openai_error(running.post(CHAT, {"model": MODEL, "messages": messages}), 400, "messages")
+
+
+def test_a_token_outside_the_vocabulary_is_refused(running: Running) -> None:
+    answer = running.post(COMPLETIONS, {"model": MODEL, "prompt": [10**9], "max_tokens": 4})
+    assert answer.status_code == 400, answer.text
+    assert_openai_error(answer, 400, answer.json()["error"]["param"])
+
+
+def test_another_content_type_gets_415(running: Running) -> None:
+    assert_openai_error(running.post(CHAT, {"model": MODEL}, content_type="text/plain"), 415, None)
+
+
+def test_oversized_headers_get_431(running: Running) -> None:
+    answer = running.post(CHAT, {"model": MODEL, "messages": HELLO}, x_long="a" * 20_000)
+    assert answer.status_code in (400, 431), answer.text  # the proxy's own limit may come first
+
+
+def test_unknown_paths_and_methods_have_the_same_shape(running: Running) -> None:
+    headers = {"authorization": f"Bearer {running.key}"}
+    assert_openai_error(httpx.get(running.url + "/v1/nothing", headers=headers), 404, None)
+    assert_openai_error(httpx.get(running.url + CHAT, headers=headers), 405, None)
+    for path in ("/docs", "/openapi.json", "/invocations", "/tokenize", "/v1/embeddings"):
+        assert httpx.post(running.url + path, headers=headers).status_code == 404
+
+
+def test_after_all_that_both_engines_still_answer(running: Running) -> None:
+    for _ in range(6):
+        assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 4}).status_code == 200
+
+
+def test_status_shows_both_replicas(running: Running) -> None:
+    replicas = status(running)
+    assert len(replicas) == 2
+    assert sum(replica.get("output_tokens", 0) for replica in replicas) > 0
+    assert {replica["preemption"] for replica in replicas if "preemption" in replica} == {"swap"}
+
+
+def test_a_client_that_leaves_frees_its_request(running: Running) -> None:
+    body = {"model": MODEL, "prompt": "Count:", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    headers = {"authorization": f"Bearer {running.key}"}
+    with httpx.stream("POST", running.url + COMPLETIONS, json=body, headers=headers, timeout=60) as answer:
+        next(answer.iter_lines())
+    deadline_s = time.monotonic() + 30
+    while any(replica.get("num_running", 0) for replica in status(running)):
+        assert time.monotonic() < deadline_s, "the request still runs after its client left"
+
+
+def test_no_process_of_a_killed_replica_lives_on(running: Running) -> None:
+    victim = status(running)[0]["pid"]
+    engines = descendants(victim)
+    assert engines, "a replica has an engine process"
+    os.kill(victim, signal.SIGKILL)
+    deadline_s = time.monotonic() + 5
+    while left := [pid for pid in engines if alive(pid)]:
+        assert time.monotonic() < deadline_s, f"{len(left)} of {len(engines)} processes live on"
+        time.sleep(0.1)
+
+
+def test_the_other_replica_goes_on(running: Running) -> None:
+    answers = [running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 4}) for _ in range(4)]
+    assert any(answer.status_code == 200 for answer in answers)
+    assert all(answer.status_code in (200, 503) for answer in answers)
+
+
+def test_ctrl_c_ends_everything_it_started(running: Running) -> None:
+    started = descendants(running.process.pid)
+    assert len(started) > 5
+    running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(90) == 0
+    deadline_s = time.monotonic() + 10
+    while left := [pid for pid in started if alive(pid)]:
+        assert time.monotonic() < deadline_s, [command(pid) for pid in left]
+        time.sleep(0.2)
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below one process, from /proc."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents.setdefault(parent_of(entry), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
+def parent_of(entry: Path) -> int:
+    return int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_text().replace("\0", " ")[:80]
+    return "gone"
