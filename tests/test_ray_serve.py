@@ -90,7 +90,7 @@ def assert_openai_error(answer: httpx.Response, status_code: int, param: str | N
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param, error
-    for internal in ("Traceback", "ray.", "vllm", "pydantic", "/site-packages/"):
+    for internal in ("Traceback", "ray.", "vllm.", "VLLM", "pydantic", "/site-packages/"):
         assert internal not in answer.text
 
 

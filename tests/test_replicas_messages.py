@@ -1,0 +1,111 @@
+"""Goal: what one end encodes the other end reads back, and anything else is a `ValueError`, however malformed.
+
+Method: round trips over generated values; junk bytes, junk JSON and near misses of both schemas.
+"""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicas.config import PreemptionPolicy
+from replicas.messages import MAX_MESSAGE_BYTES, EngineTotals, SetPolicy, decode_to_engine, decode_totals, encode
+
+COUNT = st.integers(0, 2**63 - 1)
+TOTALS = st.builds(
+    EngineTotals,
+    **{
+        name: st.text(max_size=40) if name in ("epoch", "preemption") else COUNT
+        for name in EngineTotals.__struct_fields__
+    },
+)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=10,
+)
+TOTALS_FIELDS: dict[str, Any] = {
+    name: "x" if name in ("epoch", "preemption") else 1 for name in EngineTotals.__struct_fields__
+}
+
+
+@given(TOTALS)
+def test_totals_come_back_as_they_were_sent(totals: EngineTotals) -> None:
+    assert decode_totals(encode(totals)) == totals
+
+
+@pytest.mark.parametrize("policy", PreemptionPolicy)
+def test_every_policy_of_the_settings_can_be_sent(policy: PreemptionPolicy) -> None:
+    message = SetPolicy(preemption=policy.value)
+    assert decode_to_engine(encode(message)) == message
+
+
+def test_messages_are_json_with_a_type_so_that_they_can_be_read_in_a_log() -> None:
+    assert json.loads(encode(SetPolicy(preemption="swap"))) == {"type": "set_policy", "preemption": "swap"}
+    assert json.loads(encode(EngineTotals(**TOTALS_FIELDS)))["type"] == "totals"
+
+
+def test_a_message_too_large_to_send_is_a_bug_of_the_sender() -> None:
+    with pytest.raises(AssertionError, match="EngineTotals of"):
+        encode(EngineTotals(**TOTALS_FIELDS | {"epoch": "x" * MAX_MESSAGE_BYTES}))
+
+
+def test_a_message_too_large_to_receive_is_refused_before_it_is_parsed() -> None:
+    padded = encode(SetPolicy(preemption="swap")) + b" " * MAX_MESSAGE_BYTES
+    with pytest.raises(ValueError, match="too large"):
+        decode_to_engine(padded)
+    with pytest.raises(ValueError, match="too large"):
+        decode_totals(encode(EngineTotals(**TOTALS_FIELDS)) + b" " * MAX_MESSAGE_BYTES)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00\xff\xfe",
+        b"{",
+        b"null",
+        b"[]",
+        b'"swap"',
+        b"{}",
+        b'{"type":"set_policy"}',
+        b'{"type":"set_policy","preemption":null}',
+        b'{"type":"set_policy","preemption":"stock"}',
+        b'{"type":"set_policy","preemption":"swap","extra":1}',
+        b'{"type":"other","preemption":"swap"}',
+        b'{"preemption":"swap"} trailing',
+        b"[" * 100_000,
+        b'{"type":"set_policy","preemption":' + b"[" * 100_000,
+        b'{"unknown":' + b'{"a":' * 100_000,
+    ],
+    ids=lambda data: repr(data[:36]),
+)
+def test_what_is_no_message_to_an_engine_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        decode_to_engine(data)
+
+
+def test_an_engine_does_not_accept_totals_nor_a_server_a_policy() -> None:
+    with pytest.raises(ValueError, match="totals"):
+        decode_to_engine(encode(EngineTotals(**TOTALS_FIELDS)))
+    with pytest.raises(ValueError, match="set_policy"):
+        decode_totals(encode(SetPolicy(preemption="swap")))
+
+
+@pytest.mark.parametrize("field", EngineTotals.__struct_fields__)
+def test_totals_without_one_of_their_fields_or_with_one_of_a_wrong_type_are_refused(field: str) -> None:
+    missing = {"type": "totals"} | {name: value for name, value in TOTALS_FIELDS.items() if name != field}
+    with pytest.raises(ValueError, match=field):
+        decode_totals(json.dumps(missing).encode())
+    with pytest.raises(ValueError, match=field):
+        decode_totals(json.dumps({"type": "totals"} | TOTALS_FIELDS | {field: [1]}).encode())
+
+
+@given(st.binary(max_size=200) | JSON_VALUES.map(msgspec.json.encode))
+def test_junk_is_a_value_error_and_nothing_else(data: bytes) -> None:
+    for decode in (decode_to_engine, decode_totals):
+        with pytest.raises(ValueError):  # noqa: PT011
+            decode(data)
