@@ -264,11 +264,6 @@ class Stepper:
         return [index for index, name in enumerate(self.ids) if pool.get(name) is not None]
 
     @property
-    def preempted(self) -> list[int]:
-        """Indices of the jobs that were preempted and wait."""
-        return [self.ids.index(request.request_id) for request in self.scheduler.waiting if request.num_preemptions]
-
-    @property
     def running(self) -> list[int]:
         """Indices of the running jobs, in the scheduler's order."""
         return [self.ids.index(request.request_id) for request in self.scheduler.running]

@@ -5,7 +5,6 @@ and seeded sampling mixed) run the same jobs in a fraction of that memory, while
 recomputed, aborted, and the cache is reset; all token ids must equal the base's, and both pools must be empty at the end.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,26 +200,34 @@ def test_a_cache_reset_swaps_nothing_and_no_host_copy_survives_it(
         assert_nothing_left(llm)
 
 
-def test_prompt_log_probabilities_are_never_read_over_loaded_blocks(tiny_model: Path, base: Base) -> None:
-    wanting = range(0, len(GREEDY[:60]), 4)
-    jobs = [replace(job, prompt_logprobs=1 if index in wanting else None) for index, job in enumerate(GREEDY[:60])]
-    with engine(tiny_model, "stock") as llm:
+def test_prompt_log_probabilities_are_never_read_over_loaded_blocks(tiny_model: Path) -> None:
+    """A prompt preempted half-way: what vLLM has not computed since the resume it would read from uninitialised memory."""
+    long_prompts = [job.prompt + job.prompt[::-1] + job.prompt for job in GREEDY if 100 < len(job.prompt) < 160]
+    wanting = [Job(prompt=prompt, max_tokens=5, prompt_logprobs=1) for prompt in long_prompts]
+    others = [job for job in GREEDY if len(job.prompt) < 100]
+    jobs = [job for group in zip(others[::3], others[1::3], others[2::3], wanting, strict=False) for job in group]
+    with engine(tiny_model, "stock", max_num_batched_tokens=64) as llm:
         calm = Stepper(llm, jobs)
         calm.finish()
     with engine(tiny_model, "swap", **CHUNKED) as llm:
         stepper = Stepper(llm, jobs)
-        preempted: set[int] = set()
-        swapped: set[int] = set()
+        pool = stepper.scheduler._swap.planning.pool
+        loadable: dict[bool, int] = {True: 0, False: 0}  # by: wants log-probabilities of its prompt
+        half_way = 0
         while stepper.busy:
             stepper.step()
-            preempted.update(stepper.preempted)
-            swapped.update(stepper.swapped_out)
-        assert preempted & set(wanting)
-        assert swapped - set(wanting)
-        assert differing_finished(stepper, base) == []
+            for index in stepper.swapped_out:
+                request, wants = stepper.scheduler.requests[stepper.ids[index]], bool(jobs[index].prompt_logprobs)
+                loadable[wants] += stepper.scheduler.connector.get_num_new_matched_tokens(request, 0)[0]
+                half_way += wants and pool.get(request.request_id).num_tokens < len(jobs[index].prompt)
+        assert half_way, "no such prompt was preempted half-way"
+        assert loadable[True] == 0
+        assert loadable[False] > 0
+        assert stepper.tokens == calm.tokens
+        assert stepper.prompt_logprobs.keys() == calm.prompt_logprobs.keys()
         assert_nothing_left(llm)
-    for index in wanting:
-        assert stepper.prompt_logprobs[index] == pytest.approx(calm.prompt_logprobs[index], abs=1e-4)
+    for index, values in calm.prompt_logprobs.items():
+        assert stepper.prompt_logprobs[index] == pytest.approx(values, abs=1e-4)
 
 
 def test_off_pressure_every_step_is_that_of_vllms_own_scheduler(tiny_model: Path) -> None:
@@ -257,8 +264,7 @@ def differing(jobs: list[Job], tokens: list[tuple[int, ...]], base: Base) -> lis
 
 def differing_finished(stepper: Stepper, base: Base) -> list[int]:
     """The same of the jobs that were not aborted."""
-    wanted = {index: base[replace(stepper.jobs[index], prompt_logprobs=None)] for index in stepper.tokens}
-    return [index for index, ids in stepper.tokens.items() if ids != wanted[index]]
+    return [index for index, ids in stepper.tokens.items() if ids != base[stepper.jobs[index]]]
 
 
 def worker_connector() -> Any:

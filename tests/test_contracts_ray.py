@@ -1,0 +1,98 @@
+"""Goal: an upgrade of Ray that moves something we rely on fails here, with the name of our file that uses it.
+
+Method: names, signatures and defaults of Ray's Serve LLM layer, read from the installed package; no cluster is started.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def test_the_pair_is_the_one_that_was_tested() -> None:
+    import ray
+    import vllm
+
+    pair = (ray.__version__, vllm.__version__.partition("+")[0])
+    assert pair == ("2.60.0", "0.29.0"), (
+        f"{pair}: run all engine and ray tests, then update this line and pyproject.toml"
+    )
+
+
+def test_every_internal_name_is_there() -> None:
+    import cluster.ray_internals
+    import replicas.ray_internals
+
+    for module in (cluster.ray_internals, replicas.ray_internals):
+        for name in module.__all__:
+            assert hasattr(module, name), f"{module.__name__}: {name} moved"
+
+
+def test_the_builder_takes_an_own_fastapi_app_and_endpoints() -> None:
+    from ray.serve.llm import build_llm_deployment
+    from ray.serve.llm.ingress import make_fastapi_ingress
+
+    assert parameters(make_fastapi_ingress) == ["cls", "endpoint_map", "app"], "cluster/app.py"
+    assert parameters(build_llm_deployment)[0] == "llm_config", "cluster/app.py"
+
+
+def test_the_ingress_has_what_ours_calls() -> None:
+    from ray.serve.llm.ingress import OpenAiIngress
+
+    assert parameters(OpenAiIngress._get_response) == ["body", "call_method", "raw_request"], "cluster/ingress.py"
+    assert parameters(OpenAiIngress.__init__)[:2] == ["llm_deployments", "model_cards"], "cluster/app.py"
+    assert "self._model_cards" in inspect.getsource(OpenAiIngress.__init__), "cluster/ingress.py"
+    assert parameters(OpenAiIngress.models) == [], "cluster/ingress.py"
+
+
+def test_the_server_has_what_ours_overrides() -> None:
+    from ray.serve.llm import LLMServer
+
+    for name in ("start", "check_health", "record_routing_stats"):
+        assert inspect.iscoroutinefunction(getattr(LLMServer, name)), f"replicas/serve_server.py: {name}"
+        assert parameters(getattr(LLMServer, name)) == [], f"replicas/serve_server.py: {name}"
+    assert "_default_engine_cls" in inspect.getsource(LLMServer._get_default_engine_class), "replicas/serve_server.py"
+
+
+def test_the_engine_prepares_its_configuration_where_ours_changes_it() -> None:
+    from replicas.ray_internals import VLLMEngine
+
+    assert parameters(VLLMEngine._prepare_engine_config) == ["callback_ctx"], "replicas/serve_engine.py"
+    source = inspect.getsource(VLLMEngine._start_async_llm_engine)
+    assert "Executor.get_class(vllm_engine_config)" in source, (
+        "replicas/serve_engine.py: the executor is chosen elsewhere"
+    )
+
+
+def test_a_cpu_engine_of_ours_gets_one_process() -> None:
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    assert 'distributed_executor_backend == "uni"' in inspect.getsource(Executor.get_class), "replicas/serve_engine.py"
+    assert issubclass(UniProcExecutor, Executor)
+
+
+def test_a_handle_reaches_all_replicas() -> None:
+    from ray.serve.handle import DeploymentHandle
+
+    assert parameters(DeploymentHandle.broadcast)[0] == "method_name", "cluster/status.py"
+
+
+def test_an_application_is_deployed_without_waiting() -> None:
+    from ray import serve
+
+    assert "wait_for_applications_running" in parameters(serve.run_many), "cluster/serve.py"
+    assert parameters(serve.RunTarget.__init__)[:3] == ["target", "name", "route_prefix"], "cluster/serve.py"
+
+
+def test_stream_batching_can_be_turned_off() -> None:
+    from ray.serve.llm import LLMServer
+
+    assert "stream_batching_interval_ms" in inspect.getsource(LLMServer._get_batch_interval_ms), "cluster/app.py"
