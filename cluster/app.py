@@ -22,6 +22,9 @@ from replicas.features import refused_feature
 HEALTH_CHECK_TIMEOUT_S = 60
 """A replica that compiles or prefills a long prompt on few cores answers late; Ray's 10 s would restart it."""
 
+CPU_BATCHED_TOKENS = 4096
+"""Tokens of one CPU step at least: several prompts fit one step."""
+
 
 def build(args: dict[str, Any]) -> Application:
     """Build the application: one LLM deployment and the ingress in front of it.
@@ -108,6 +111,11 @@ def make_engine_kwargs(settings: AppArgs) -> dict[str, Any]:
         "max_model_len": replicas.max_model_len,
         "max_num_seqs": replicas.max_num_seqs,
     }
+    if replicas.accelerator == "cpu":
+        # vLLM 0.29 on CPU: a prefill in pieces of a request with a seed ends the engine, for everybody (its runner moves
+        # the random generator's offset back, which CPU generators do not have: v1/worker/gpu_model_runner.py).
+        kwargs["enable_chunked_prefill"] = False
+        kwargs["max_num_batched_tokens"] = max(replicas.max_model_len, CPU_BATCHED_TOKENS)
     if replicas.kv_cache_bytes is not None:
         kwargs["kv_cache_memory_bytes"] = replicas.kv_cache_bytes
     if preemption.policy != "stock":

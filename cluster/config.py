@@ -76,6 +76,9 @@ class ReplicaArgs(_Settings):
             )
         if self.accelerator == "cpu" and self.tensor_parallel_size > 1:
             raise ValueError("tensor_parallel_size must be 1 on CPU: set it to 1 or use GPUs")
+        on_cpu = {"enable_chunked_prefill", "max_num_batched_tokens"} & set(self.engine_kwargs)
+        if self.accelerator == "cpu" and on_cpu:
+            raise ValueError(f"engine_kwargs.{min(on_cpu)} must be left out on CPU: prefills stay in one piece there")
         owned = {
             "model", "served_model_name", "scheduler_cls", "kv_transfer_config", "tensor_parallel_size", "max_model_len",
             "max_num_seqs", "kv_cache_memory_bytes", "distributed_executor_backend", "async_scheduling",

@@ -4,6 +4,7 @@ Method: one real cluster for the file, started by the command itself on free por
 over HTTP, by the openai client and by `python -m cluster status`; the last tests kill a replica and press Ctrl-C.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -222,6 +223,15 @@ def test_unknown_paths_and_methods_have_the_same_shape(running: Running) -> None
     assert_openai_error(httpx.get(running.url + CHAT, headers=headers), 405, None)
     for path in ("/docs", "/openapi.json", "/invocations", "/tokenize", "/v1/embeddings"):
         assert httpx.post(running.url + path, headers=headers).status_code == 404
+
+
+def test_seeds_with_long_prompts_at_once_do_not_end_an_engine(running: Running) -> None:
+    def send(number: int) -> int:
+        body = {"model": MODEL, "prompt": "word " * (900 + number), "max_tokens": 4, "seed": number}
+        return running.post(COMPLETIONS, body).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        assert set(pool.map(send, range(12))) == {200}
 
 
 def test_after_all_that_both_engines_still_answer(running: Running) -> None:
