@@ -177,6 +177,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray runs its workers at niceness 15, where any other process of the host would starve an engine.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Spare workers started ahead are of no use to deployments with an environment of their own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 
 def round_up_cpus(args: AppArgs) -> int:

@@ -29,6 +29,13 @@ class AdaptiveLLMServer(LLMServer):
 
     _default_engine_cls = AdaptiveVLLMEngine
 
+    @classmethod
+    def get_deployment_options(cls, llm_config: Any) -> dict[str, Any]:
+        """Options without the setup hook: an empty one for which Ray starts spare processes that import everything."""
+        options: dict[str, Any] = super().get_deployment_options(llm_config)
+        options["ray_actor_options"]["runtime_env"].pop("worker_process_setup_hook", None)
+        return options
+
     async def start(self) -> None:
         """Open the channel, then start the engine."""
         self._totals: EngineTotals | None = None

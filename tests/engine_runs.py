@@ -55,10 +55,7 @@ class Run:
     recomputes: int
     swapped_out_blocks: int
     swapped_in_blocks: int
-
-    @property
-    def preemptions(self) -> int:
-        return self.swaps + self.recomputes
+    scheduled_tokens: int
 
 
 def mixed_jobs(num: int, *, seed: int = 1, shared_prefix: int = 0, output: tuple[int, int] = (40, 140)) -> list[Job]:
@@ -204,7 +201,7 @@ def run_engine(model: Path, policy: str, jobs: Sequence[Job], **changes: Any) ->
 
 
 def counters_of(llm: Any) -> dict[str, int]:
-    """Preemptions and block copies so far; all zero for vLLM's own scheduler, which does not count."""
+    """Preemptions, block copies and computed tokens so far; all zero for vLLM's own scheduler, which does not count."""
     scheduler = scheduler_of(llm)
     preemptions = getattr(scheduler, "num_preemptions", {})
     return {
@@ -212,6 +209,7 @@ def counters_of(llm: Any) -> dict[str, int]:
         "recomputes": preemptions.get("recompute", 0),
         "swapped_out_blocks": getattr(scheduler, "num_swapped_out_blocks", 0),
         "swapped_in_blocks": getattr(scheduler, "num_swapped_in_blocks", 0),
+        "scheduled_tokens": getattr(scheduler, "num_scheduled_tokens", 0),
     }
 
 

@@ -65,6 +65,8 @@ def test_every_token_is_the_same_when_all_victims_are_swapped(
         assert 0 < run.swapped_in_blocks < run.swapped_out_blocks  # some of them are still in the engine's own cache
     else:
         assert run.swapped_in_blocks == run.swapped_out_blocks
+        # No token is computed twice. The last one of a job is delivered without being computed with.
+        assert run.scheduled_tokens == sum(len(job.prompt) + job.max_tokens - 1 for job in jobs)
 
 
 def test_the_tokens_would_show_it_if_blocks_did_not_come_back(tiny_model: Path, base: Base) -> None:
