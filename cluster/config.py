@@ -25,7 +25,7 @@ SCHEDULERS = {
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelArgs(_Settings):
@@ -146,7 +146,7 @@ class ServeFile(_Settings):
     """A Serve config file with one application of ours."""
 
     args: AppArgs
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=1, le=65535)
     route_prefix: str = "/"
     name: str = "adaptivellm"
@@ -163,22 +163,25 @@ def load(path: Path) -> ServeFile:
     Raises:
         ValueError: The file is missing, not YAML, not one application of ours, or has a bad setting.
     """
-    if not path.is_file():
-        raise ValueError(f"Config file {path} does not exist: give --config the path of a Serve config file.")
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"Config file {path} is not valid YAML: compare it with manifests/serve_local.yaml.") from None
+    document = _read(path)
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ValueError(f"Config file {path} must have exactly one entry under applications.")
     application = applications[0]
     if application.get("import_path") != IMPORT_PATH:
         raise ValueError(f"applications[0].import_path must be {IMPORT_PATH}.")
-    args = application.get("args") or {}
-    if not isinstance(args, dict):
-        raise ValueError("applications[0].args must be a mapping of settings.")
-    http = document.get("http_options") or {}
+    args, http = application.get("args") or {}, document.get("http_options") or {}
+    for name, settings in (("applications[0].args", args), ("http_options", http)):
+        if not isinstance(settings, dict):
+            raise ValueError(f"{name} must be a mapping of settings.")
+    for place, settings, known in (
+        ("", document, {"proxy_location", "http_options", "applications"}),
+        ("http_options.", http, {"host", "port"}),
+        ("applications[0].", application, {"name", "route_prefix", "import_path", "args"}),
+    ):
+        if unknown := sorted(str(key) for key in settings if key not in known):
+            mend = "remove it, correct its name, or use `serve deploy`"
+            raise ValueError(f"Unknown setting {place}{unknown[0]}: {mend}.")
     values: dict[str, Any] = {"args": AppArgs.from_mapping(args)}
     values |= {key: http[key] for key in ("host", "port") if key in http}
     values |= {key: application[key] for key in ("name", "route_prefix") if key in application}
@@ -188,9 +191,20 @@ def load(path: Path) -> ServeFile:
         raise ValueError(_sentence(error)) from None
 
 
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"Config file {path} does not exist: give --config the path of a Serve config file.")
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"Config file {path} cannot be read ({error.strerror}): correct its permissions.") from None
+    except (yaml.YAMLError, ValueError):  # ValueError: bytes that are no text, dates that are none
+        raise ValueError(f"Config file {path} is not valid YAML: compare it with manifests/serve_local.yaml.") from None
+
+
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = " ".join(".".join(str(part) for part in first["loc"]).split())
     if first["type"] == "extra_forbidden":
         return f"Unknown setting {field}: remove it or correct its name."
     if first["type"] == "missing":

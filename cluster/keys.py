@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,9 @@ def load_or_create(directory: Path) -> Keyring:
         stored = json.loads(path.read_text())
     except ValueError:
         stored = None
-    if not isinstance(stored, dict) or not all(isinstance(tenant, str) for tenant in stored.values()):
+    if not isinstance(stored, dict) or not all(
+        re.fullmatch("[0-9a-f]{64}", known) and isinstance(tenant, str) for known, tenant in stored.items()
+    ):
         raise ValueError(f"The key file {path} is damaged: restore it from a backup, or remove it to get a new key.")
     return Keyring(stored)
 

@@ -56,7 +56,8 @@ def prepare(source: str, home: Path, say: Say) -> Path | None:
     folder = local_folder(source, home)
     if folder is None or source != DEFAULT_MODEL or (folder / "config.json").is_file():
         return require(source, home)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
         made = Path(scratch, "model")
         if not _fetch_from_hub(made, say):
@@ -66,9 +67,17 @@ def prepare(source: str, home: Path, say: Say) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """Return the model's `config.json`."""
-    config = json.loads((folder / "config.json").read_text())
-    assert isinstance(config, dict), f"{folder}/config.json is not an object"
+    """Return the model's `config.json`.
+
+    Raises:
+        ValueError: It is not a JSON object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is not a JSON object: fetch the model again.")
     return config
 
 

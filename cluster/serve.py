@@ -6,6 +6,7 @@ Rules:
 """
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -51,7 +52,10 @@ def main(options: argparse.Namespace) -> int:
         folder = models.prepare(file.args.model.source, file.args.state.path, say)
         check_model(file.args, folder)
         keys.load_or_create(file.args.state.path)
-    except ValueError as error:
+    except OSError as error:
+        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError) as error:  # RuntimeError: `~name` of an unknown user
         print(f"Error: {error}", file=sys.stderr)
         return 2
     return run(file, options.dashboard_port, say, stop)
@@ -71,8 +75,13 @@ def configure(options: argparse.Namespace) -> ServeFile:
         document["args"]["replicas"]["num_replicas"] = options.replicas
     document |= {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
     document["args"] = AppArgs.from_mapping(document["args"])
-    if not 1 <= document["port"] <= 65535:
-        raise ValueError("--port must be between 1 and 65535.")
+    if not document["host"]:
+        raise ValueError("--host must be an address, such as 127.0.0.1.")
+    for option, port in (("--port", document["port"]), ("--dashboard-port", options.dashboard_port)):
+        if not 1 <= port <= 65535:
+            raise ValueError(f"{option} must be between 1 and 65535.")
+    if document["port"] == options.dashboard_port:
+        raise ValueError("--port and --dashboard-port must differ.")
     return ServeFile(**document)
 
 
@@ -93,10 +102,12 @@ def check_ports(host: str, port: int, dashboard_port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((address, number))
-            except OSError:
-                raise ValueError(
-                    f"Port {number} on {address} is in use: stop what listens there or use {option}."
-                ) from None
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    reason = f"is in use: stop what listens there or use {option}"
+                else:
+                    reason = f"cannot be listened on ({error.strerror}): use another --host or {option}"
+                raise ValueError(f"Port {number} on {address} {reason}.") from None
 
 
 def check_model(args: AppArgs, folder: Path | None) -> None:
@@ -177,6 +188,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray runs its workers at niceness 15, where any other process of the host would starve an engine.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # The proxy, too, hands every token from thread to thread by default.
+    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
     # Spare workers started ahead are of no use to deployments with an environment of their own.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 

@@ -122,6 +122,8 @@ class _AdaptiveMixin(Scheduler):
             return "no SwapConnector is configured"
         if len(self.kv_cache_config.kv_cache_groups) != 1:
             return "several KV cache groups"
+        if self.block_size != self._swap.planning.block_size:
+            return "context parallelism spreads a block's tokens over several workers"
         if self.num_spec_tokens:
             return "speculative decoding"
         if self.policy is SchedulingPolicy.PRIORITY:

@@ -96,6 +96,31 @@ def test_without_a_host_pool_every_victim_recomputes(tiny_model: Path, base: Bas
     assert run.recomputes >= 20
 
 
+def test_with_request_priorities_every_victim_recomputes(tiny_model: Path, base: Base) -> None:
+    run = run_engine(tiny_model, "swap", FEW, scheduling_policy="priority", enable_prefix_caching=False, **PRESSURE)
+    assert differing(FEW, run.tokens, base) == []
+    assert run.swaps == 0
+    assert run.recomputes >= 20
+
+
+def test_an_engine_that_must_not_swap_says_why(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.request_queue import SchedulingPolicy
+
+    with engine(tiny_model, "swap") as llm:
+        scheduler = scheduler_of(llm)
+        assert scheduler._why_no_swap() is None
+        for attribute, value, reason in [
+            ("num_spec_tokens", 1, "speculative"),
+            ("policy", SchedulingPolicy.PRIORITY, "priority"),
+            ("use_v2_model_runner", True, "v2"),
+            ("block_size", 2 * BLOCK_SIZE, "context parallelism"),
+            ("_swap", None, "no SwapConnector"),
+        ]:
+            with monkeypatch.context() as changes:
+                changes.setattr(scheduler, attribute, value)
+                assert reason in (scheduler._why_no_swap() or "")
+
+
 def test_the_very_bytes_of_a_block_come_back_though_freed_blocks_are_overwritten_at_once(
     tiny_model: Path, base: Base
 ) -> None:

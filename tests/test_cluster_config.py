@@ -1,0 +1,284 @@
+"""Goal: one YAML file holds all settings, and each mistake in it is one sentence that names the field and the mend.
+
+Method: the smallest right file, one mistake at a time, and junk from hypothesis that must never raise anything else.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from cluster.config import AppArgs, ServeFile, default_home, load
+
+MIB = 1 << 20
+
+
+def sentence(call: Callable[..., object], *args: Any) -> str:
+    """What the `ValueError` of a call says; it must be one sentence on one line."""
+    with pytest.raises(ValueError, match=r"^[^\n]+\.$") as caught:
+        call(*args)
+    assert type(caught.value) is ValueError, "a library's own error would be many lines"
+    return str(caught.value)
+
+
+def refusal(section: str = "replicas", **values: Any) -> str:
+    """What the settings say to values in one section beside right ones."""
+    args: dict[str, Any] = {"replicas": {"kv_cache_bytes": 64 * MIB}}
+    return sentence(AppArgs.from_mapping, {**args, section: {**args.get(section, {}), **values}})
+
+
+def document(**application: Any) -> dict[str, Any]:
+    args = {"replicas": {"kv_cache_bytes": 64 * MIB}}
+    return {"applications": [{"import_path": "cluster.app:build", "args": args, **application}]}
+
+
+def file_of(folder: Path, content: Any) -> Path:
+    path = folder / "serve.yaml"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+# Settings
+
+
+def test_the_size_of_the_cache_is_all_that_must_be_said() -> None:
+    args = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 * MIB}})
+    assert args.replicas.num_replicas == 2
+    assert args.model.id == args.model.source == "smollm2-135m-instruct"
+    assert args.preemption.policy == "swap"
+
+
+def test_settings_are_frozen() -> None:
+    args = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 * MIB}})
+    with pytest.raises(ValidationError, match="frozen"):
+        args.replicas.num_replicas = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        args.replicas = args.replicas
+
+
+def test_an_unknown_key_is_named_with_its_section() -> None:
+    assert refusal(num_replica=2) == "Unknown setting replicas.num_replica: remove it or correct its name."
+    assert "Unknown setting preemption.mode:" in refusal("preemption", mode="swap")
+    assert "Unknown setting replica:" in sentence(
+        AppArgs.from_mapping, {"replicas": {"accelerator": "gpu"}, "replica": 1}
+    )
+
+
+def test_a_missing_section_is_named() -> None:
+    assert sentence(AppArgs.from_mapping, {}) == "Setting replicas is missing: add it."
+
+
+def test_a_cpu_replica_needs_the_size_of_its_cache_and_a_gpu_replica_does_not() -> None:
+    assert "kv_cache_bytes must be set on CPU" in refusal(kv_cache_bytes=None)
+    assert AppArgs.from_mapping({"replicas": {"accelerator": "gpu"}}).replicas.kv_cache_bytes is None
+
+
+def test_a_cpu_replica_is_not_spread_over_devices() -> None:
+    assert "tensor_parallel_size must be 1 on CPU: set it to 1" in refusal(tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_replicas", "2"),
+        ("num_replicas", 2.0),
+        ("num_replicas", True),
+        ("num_replicas", 0),
+        ("num_replicas", None),
+        ("num_cpus", float("nan")),
+        ("num_cpus", float("inf")),
+        ("num_cpus", 0),
+        ("max_model_len", "8k"),
+        ("kv_cache_bytes", 512),
+        ("kv_cache_bytes", "512MiB"),
+        ("accelerator", "tpu"),
+        ("gpu_type", 4),
+        ("engine_kwargs", ["enforce_eager"]),
+    ],
+)
+def test_a_value_of_a_wrong_type_or_size_is_named(field: str, value: Any) -> None:
+    assert f"Setting replicas.{field}: Input should be " in refusal(**{field: value})
+
+
+@pytest.mark.parametrize("section", ["replicas", "preemption", "ingress", "state", "model"])
+def test_a_section_that_is_no_mapping_is_named(section: str) -> None:
+    args = {"replicas": {"kv_cache_bytes": 64 * MIB}, section: "swap"}
+    assert sentence(AppArgs.from_mapping, args).startswith(f"Setting {section}: ")
+
+
+def test_a_key_that_is_no_text_is_named_on_one_line() -> None:
+    assert "Setting 1: " in sentence(AppArgs.from_mapping, {1: 2, "replicas": {"accelerator": "gpu"}})
+    assert "a b" in sentence(AppArgs.from_mapping, {"a\nb": 2, "replicas": {"accelerator": "gpu"}})
+
+
+@pytest.mark.parametrize("name", ["a model", "", "/model", "ü", "x" * 129])
+def test_a_model_name_that_clients_could_not_send_is_refused(name: str) -> None:
+    assert "Setting model.id: " in refusal("model", id=name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model", "served_model_name", "scheduler_cls", "kv_transfer_config", "tensor_parallel_size", "max_model_len",
+        "max_num_seqs", "kv_cache_memory_bytes", "distributed_executor_backend", "async_scheduling",
+    ],
+)  # fmt: skip
+def test_engine_arguments_that_the_product_sets_are_refused(name: str) -> None:
+    assert f"engine_kwargs.{name} is set by the product: remove it there" in refusal(engine_kwargs={name: 1})
+
+
+@pytest.mark.parametrize("name", ["enable_chunked_prefill", "max_num_batched_tokens"])
+def test_prefills_in_pieces_are_refused_on_cpu_alone(name: str) -> None:
+    assert f"engine_kwargs.{name} must be left out on CPU" in refusal(engine_kwargs={name: 1})
+    assert AppArgs.from_mapping({"replicas": {"accelerator": "gpu", "engine_kwargs": {name: 1}}})
+
+
+def test_other_engine_arguments_are_kept_as_they_are() -> None:
+    kwargs = {"block_size": 32, "enforce_eager": True}
+    args = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 * MIB, "engine_kwargs": kwargs}})
+    assert args.replicas.engine_kwargs == kwargs
+
+
+# The folder of keys and models
+
+
+def test_the_folder_is_the_configured_one_else_the_environments_else_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = {"replicas": {"accelerator": "gpu"}}
+    monkeypatch.setenv("ADAPTIVELLM_HOME", "/srv/home")
+    assert AppArgs.from_mapping({**args, "state": {"directory": "/srv/state"}}).state.path == Path("/srv/state")
+    assert AppArgs.from_mapping(args).state.path == Path("/srv/home")
+    monkeypatch.setenv("ADAPTIVELLM_HOME", "")
+    assert default_home() == Path("~/.adaptivellm").expanduser()
+
+
+# Files
+
+
+def test_a_file_gives_its_settings_and_its_address(tmp_path: Path) -> None:
+    content = {"http_options": {"host": "127.0.0.2", "port": 9000}, **document(name="llm", route_prefix="/llm")}
+    file = load(file_of(tmp_path, content))
+    assert (file.host, file.port, file.name, file.route_prefix) == ("127.0.0.2", 9000, "llm", "/llm")
+    assert file.args.replicas.kv_cache_bytes == 64 * MIB
+
+
+def test_without_an_address_only_this_machine_can_connect(tmp_path: Path) -> None:
+    file = load(file_of(tmp_path, document()))
+    assert (file.host, file.port) == ("127.0.0.1", 8000)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yaml"
+    assert f"Config file {missing} does not exist: give --config" in sentence(load, missing)
+    assert "does not exist" in sentence(load, tmp_path), "a folder"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    path = file_of(tmp_path, document())
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert f"{path} cannot be read (Permission denied): correct its permissions" in sentence(load, path)
+
+
+@pytest.mark.parametrize(
+    "content", ["a: [1", "a: b: c", "\t- x", "a: !!python/name:os.system", "d: 2026-13-45", b"\xff\xfe\xfd"]
+)
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, content: Any) -> None:
+    path = file_of(tmp_path, content)
+    assert f"Config file {path} is not valid YAML: compare it with manifests/serve_local.yaml" in sentence(load, path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "- 1",
+        "text",
+        {"applications": None},
+        {"applications": []},
+        {"applications": [1]},
+        {"applications": {"args": {}}},
+        {"applications": document()["applications"] * 2},
+    ],
+)
+def test_a_file_has_exactly_one_application(tmp_path: Path, content: Any) -> None:
+    assert "must have exactly one entry under applications" in sentence(load, file_of(tmp_path, content))
+
+
+@pytest.mark.parametrize("path", [None, "", "cluster.app", "somebody.elses:build", 1])
+def test_the_application_is_ours(tmp_path: Path, path: Any) -> None:
+    content = file_of(tmp_path, document(import_path=path))
+    assert sentence(load, content) == "applications[0].import_path must be cluster.app:build."
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({**document(), "htp_options": {}}, "htp_options"),
+        ({**document(), "http_options": {"prot": 1}}, "http_options.prot"),
+        ({**document(), "http_options": {"ssl_keyfile": "key.pem"}}, "http_options.ssl_keyfile"),
+        (document(deployments=[]), "applications[0].deployments"),
+        (document(args={"replicas": {"accelerator": "gpu", "gpus": 1}}), "replicas.gpus"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_name(tmp_path: Path, content: Any, field: str) -> None:
+    assert sentence(load, file_of(tmp_path, content)).startswith(f"Unknown setting {field}: remove it")
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({**document(), "http_options": [8000]}, "http_options"),
+        ({**document(), "http_options": "host"}, "http_options"),
+        ({**document(), "http_options": {"port": "8000"}}, "port"),
+        ({**document(), "http_options": {"port": 0}}, "port"),
+        ({**document(), "http_options": {"port": 65536}}, "port"),
+        ({**document(), "http_options": {"host": ""}}, "host"),
+        ({**document(), "http_options": {"host": None}}, "host"),
+        (document(name=1), "name"),
+        (document(args=[1]), "applications[0].args"),
+        (document(args=None), "replicas"),
+    ],
+)
+def test_a_bad_value_around_the_settings_is_named(tmp_path: Path, content: Any, field: str) -> None:
+    assert field in sentence(load, file_of(tmp_path, content))
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3),
+    max_leaves=5,
+)
+SECTIONS = st.sampled_from([*AppArgs.model_fields])
+FIELDS = st.sampled_from(
+    ["id", "source", "num_replicas", "num_cpus", "engine_kwargs", "policy", "directory", "host_pool_bytes"]
+)
+
+
+def outcome(call: Callable[..., object], *args: Any) -> object:
+    """The result, or the sentence instead of it."""
+    try:
+        return call(*args)
+    except ValueError:
+        return sentence(call, *args)
+
+
+@given(st.dictionaries(SECTIONS | st.text(max_size=3), JUNK | st.dictionaries(FIELDS, JUNK, max_size=2), max_size=4))
+def test_junk_settings_give_settings_or_one_sentence(mapping: dict[str, Any]) -> None:
+    mapping.setdefault("replicas", {"accelerator": "gpu"})
+    assert isinstance(outcome(AppArgs.from_mapping, mapping), AppArgs | str)
+
+
+@given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_a_junk_file_gives_settings_or_one_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = file_of(tmp_path_factory.getbasetemp(), content)
+    assert isinstance(outcome(load, path), ServeFile | str)
