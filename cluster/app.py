@@ -3,7 +3,6 @@
 Rule: this is the composition root. It turns settings into Ray's own configuration values and adds nothing else.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def build(args: dict[str, Any]) -> Application:
     """
     settings = AppArgs.from_mapping(args)
     folder = models.require(settings.model.source, settings.state.path)
-    hf_config = json.loads((folder / "config.json").read_text()) if folder else {}
+    hf_config = models.read_config(folder) if folder else {}
     if refusal := refused_feature(settings.replicas.engine_kwargs, hf_config):
         raise ValueError(refusal)
     llm_config = make_llm_config(settings, folder)
