@@ -12,7 +12,7 @@ help:
 	@echo "make test       set up and run the tests (15 minutes at most)"
 	@echo "make test-all   every test, as long as it takes"
 	@echo "make check      format, lint, types, architecture, known vulnerabilities"
-	@echo "make bench      this endpoint against plain vLLM's server on this machine"
+	@echo "make bench      compare preemption policies on this machine"
 	@echo "make contracts  what we rely on in Ray and vLLM: run after raising either"
 
 setup:
@@ -45,7 +45,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup
-	$(BIN)/python -m cluster bench-http $(ARGS)
+	$(BIN)/python -m cluster bench $(ARGS)
 
 contracts: setup
 	$(BIN)/python -m pytest -q tests/test_contracts_vllm.py tests/test_contracts_ray.py

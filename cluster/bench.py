@@ -1,0 +1,394 @@
+"""`python -m cluster bench`: preemption policies against each other, with real engines on this machine.
+
+Rules:
+- One process per arm, all alive, one driven at a time, in an order that rotates from repeat to repeat; in a repeat every
+  arm gets the same requests. A warm-up of each arm is not counted.
+- An idle stock engine with memory for everything comes first: it gives the service times alone, the demand for KV
+  blocks, and the tokens that `--check-exact` compares with.
+- Every process is ended by its own handle, whatever happens. Results name no host and no path.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster import models
+from cluster.bench_engine import STOCK, Arm, EngineSettings
+from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
+from cluster.config import default_home
+from cluster.workload import RequestRecord, RequestSpec, RunResult, SyntheticSource
+from replicas.config import PreemptionPolicy
+
+POLICIES = (STOCK, *(policy.value for policy in PreemptionPolicy))
+BLOCK_SIZE = 32  # tokens; the smallest that attention on CPU takes
+PRESSURE = {"workload": "synthetic:requests=480,rate=80", "pool_fraction": 0.4, "max_num_seqs": 32}
+OFF_PRESSURE = {
+    "workload": "synthetic:requests=256,rate=inf,prompt_mean=16,prompt_max=16,output_mean=64,output_max=64,spread=0",
+    "pool_fraction": 0.0,
+    "max_num_seqs": 256,
+}
+CALIBRATION_LENGTHS, CALIBRATION_TIMES, CHECKED_REQUESTS = 5, 3, 20
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+}  # fmt: skip
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured."""
+
+    policies: tuple[str, ...]
+    source: str
+    workloads: tuple[tuple[RequestSpec, ...], ...]
+    """One per repeat."""
+
+    engine: EngineSettings
+    """Of the stock arm with memory for everything; the arms differ in policy and number of KV blocks."""
+
+    pool_fraction: float
+    limit_s: float
+    check_exact: bool
+
+    @property
+    def least_blocks(self) -> int:
+        """KV blocks without which the engine refuses to start: one request of full length, and vLLM's null block."""
+        return -(-self.engine.max_model_len // self.engine.block_size) + 1
+
+    def as_report(self) -> dict[str, Any]:
+        """Settings as they stand in the result file; of the model's folder only its name."""
+        engine = asdict(self.engine) | {"model": Path(self.engine.model).name}
+        del engine["policy"]
+        return engine | {
+            "policies": list(self.policies),
+            "workload": self.source,
+            "different_workloads": len(set(self.workloads)),
+            "repeats": len(self.workloads),
+            "pool_fraction": self.pool_fraction,
+            "limit_s": self.limit_s,
+            "check_exact": self.check_exact,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", default="stock,swap", metavar="A,B", help=f"arms, of {', '.join(POLICIES)}")
+    parser.add_argument("--repeats", type=int, default=3, help="counted runs per arm (default: 3)")
+    parser.add_argument("--workload", metavar="SOURCE", help=f"requests of a run (default: {PRESSURE['workload']})")
+    parser.add_argument(
+        "--vary-seed", action="store_true", help="other requests in every repeat, the same for all arms"
+    )
+    parser.add_argument("--model", help="folder with weights (default: a tiny random model)")
+    parser.add_argument(
+        "--pool-fraction", type=float, help="KV blocks / peak demand of stock; 0: enough for all (default: 0.4)"
+    )
+    parser.add_argument("--host-pool-bytes", type=int, default=1 << 28, help="for swapped blocks (default: 256 MiB)")
+    parser.add_argument("--max-num-seqs", type=int, help="requests that run at once (default: 32)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of an engine (default: 1)")
+    parser.add_argument("--limit-s", type=float, default=600.0, help="a run's longest duration (default: 600)")
+    parser.add_argument(
+        "--off-pressure", action="store_true", help="ample memory and 256 requests at once: what the scheduler costs"
+    )
+    parser.add_argument(
+        "--check-exact", action="store_true", help="compare all tokens with stock's in ample memory (float32, greedy)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure; 0, 1 when an engine failed or a token differed, 2 for a wrong option, 130 when interrupted."""
+    started_s = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started_s:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="adaptivellm-") as scratch, _terminated_like_interrupted():
+            plan = plan_of(options, Path(scratch))
+            report = measure(plan, Path(scratch), say)
+        print(table(report))
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; all engines are ended.", file=sys.stderr)
+        return 130
+    if any(arm.get("requests_with_other_tokens") for arm in report["arms"].values()):
+        print("Error: tokens differ from those of stock with ample memory.", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
+    """Turn options into a plan; the tiny model is made in `scratch` where no other is given.
+
+    Raises:
+        ValueError: An option is wrong, or does not fit the model.
+    """
+    given = vars(options).copy()
+    for name, value in (OFF_PRESSURE if options.off_pressure else PRESSURE).items():
+        if given[name] is None:
+            given[name] = value
+        elif options.off_pressure:
+            raise ValueError(f"--off-pressure sets --{name.replace('_', '-')} itself: leave one of them out.")
+    check_options(given)
+    source = SyntheticSource.parse(given["workload"])
+    seeds = [source.seed + (repeat if options.vary_seed else 0) for repeat in range(options.repeats)]
+    workloads = tuple(replace(source, seed=seed).generate() for seed in seeds)
+    longest = max(request.num_tokens for workload in workloads for request in workload)
+    folder = model_folder(options.model, scratch / "model", vocab=source.vocab, longest=longest)
+    engine = EngineSettings(
+        model=str(folder),
+        policy=STOCK,
+        num_kv_blocks=max(ample_blocks(workload, given["max_num_seqs"]) for workload in workloads),
+        host_pool_bytes=options.host_pool_bytes,
+        max_num_seqs=given["max_num_seqs"],
+        max_model_len=longest,
+        block_size=BLOCK_SIZE,
+        dtype="float32" if options.check_exact or not options.model else "auto",
+        load_format="auto",
+        threads=options.threads,
+    )
+    return Plan(
+        policies=tuple(options.policy.split(",")),
+        source=given["workload"],
+        workloads=workloads,
+        engine=engine,
+        pool_fraction=given["pool_fraction"],
+        limit_s=options.limit_s,
+        check_exact=options.check_exact,
+    )
+
+
+def check_options(given: dict[str, Any]) -> None:
+    """Check what stands alone.
+
+    Raises:
+        ValueError: An option is wrong.
+    """
+    policies = given["policy"].split(",")
+    if unknown := [policy for policy in policies if policy not in POLICIES]:
+        raise ValueError(f"--policy has no {unknown[0]!r}: use some of {', '.join(POLICIES)}.")
+    if len(set(policies)) != len(policies):
+        raise ValueError("--policy names an arm twice: name each once.")
+    for name in ("repeats", "max_num_seqs", "threads", "limit_s"):
+        if not given[name] > 0 or math.isinf(given[name]):
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0.")
+    if not 0 <= given["pool_fraction"] <= 1:
+        raise ValueError("--pool-fraction must be between 0 and 1.")
+    if given["host_pool_bytes"] < 0:
+        raise ValueError("--host-pool-bytes must not be negative; 0 turns swapping off.")
+    if (path := given["json"]) and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError("--json must name a file in a folder that exists: make the folder or name another one.")
+
+
+def model_folder(source: str | None, tiny: Path, *, vocab: int, longest: int) -> Path:
+    """Return the folder of the model to run; the tiny one is written for no source.
+
+    Raises:
+        ValueError: It is no folder with a model, or the requests do not fit it.
+    """
+    if source is None:
+        write_tiny_model(tiny)
+    folder = models.require(source, default_home()) if source else tiny
+    if folder is None:
+        raise ValueError("--model must be a folder in Hugging Face layout: fetch the model and name its folder.")
+    config = models.read_config(folder)
+    for key, needed, mend in (
+        ("vocab_size", vocab, "lower the workload key vocab"),
+        ("max_position_embeddings", longest, "lower the workload keys prompt_max and output_max"),
+    ):
+        limit = config.get(key)
+        if isinstance(limit, int) and limit < needed:
+            raise ValueError(f"The model's {key} is {limit} and the workload needs {needed}: {mend}.")
+    return folder
+
+
+def write_tiny_model(folder: Path) -> None:
+    """Write a small Llama with random weights, whose next token hangs on all of its KV cache.
+
+    Why not vLLM's dummy weights: they are so small that attention hardly reaches the logits, so that an engine which
+    loads the wrong KV blocks delivers the right tokens, and `--check-exact` would show nothing.
+    """
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    width, inner, vocabulary = TINY["hidden_size"], TINY["intermediate_size"], TINY["vocab_size"]
+    kv_width = width // TINY["num_attention_heads"] * TINY["num_key_value_heads"]
+    shapes = {"model.embed_tokens": (vocabulary, width, width**0.5), "lm_head": (vocabulary, width, 2.0)}
+    norms = ["model.norm"]
+    for layer in (f"model.layers.{number}" for number in range(TINY["num_hidden_layers"])):
+        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+        shapes |= {
+            f"{layer}.self_attn.q_proj": (width, width, 3.0),  # attends to few tokens, not to all alike
+            f"{layer}.self_attn.k_proj": (kv_width, width, 1.0),
+            f"{layer}.self_attn.v_proj": (kv_width, width, 2.0),
+            f"{layer}.self_attn.o_proj": (width, width, 2.0),
+            f"{layer}.mlp.gate_proj": (inner, width, 1.0),
+            f"{layer}.mlp.up_proj": (inner, width, 1.0),
+            f"{layer}.mlp.down_proj": (width, inner, 1.0),
+        }
+    weights = {f"{name}.weight": np.ones(width, np.float32) for name in norms}
+    for name, (rows, columns, gain) in shapes.items():
+        matrix = rng.standard_normal((rows, columns), dtype=np.float32)
+        weights[f"{name}.weight"] = (matrix * (gain / columns**0.5)).astype(np.float32)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY))
+    save_file(weights, folder / "model.safetensors")
+
+
+def ample_blocks(requests: Sequence[RequestSpec], max_num_seqs: int) -> int:
+    """KV blocks with which nothing is ever preempted: the largest requests at their full length, and vLLM's null block."""
+    blocks = sorted((-(-request.num_tokens // BLOCK_SIZE) for request in requests), reverse=True)
+    return sum(blocks[:max_num_seqs]) + 1
+
+
+def measure(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
+    """Run everything; return the report.
+
+    Raises:
+        RuntimeError: An engine failed.
+    """
+    machine = machine_facts()
+    with Arm(plan.engine, scratch / "alone.log") as alone:
+        say("Calibrating on an idle stock engine ...")
+        calibration, check = calibrate(plan, alone)
+        say(f"  median error on {check['requests']} other requests: {100 * check['median_error']:.1f} %")
+        say("Measuring the demand for KV blocks ...")
+        ample = {workload: run_ample(plan, alone, workload) for workload in dict.fromkeys(plan.workloads)}
+    demand = math.ceil(statistics.median(result.peak_kv_blocks for result in ample.values()))
+    num_blocks = plan.engine.num_kv_blocks
+    if plan.pool_fraction:
+        num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
+    say(f"  peak {demand} blocks; arms get {num_blocks}, one of them vLLM's null block")
+    runs = run_arms(plan, scratch, num_blocks, say)
+    report: dict[str, Any] = {
+        "benchmark": "preemption",
+        "machine": machine | alone.versions | {"load_average_at_end": os.getloadavg()[0]},
+        "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks},
+        "calibration": asdict(calibration) | {"check": check},
+        "interval": INTERVAL,
+        "arms": {},
+        "ratio_to_stock": {},
+        "added_scheduler_us_per_step": {},
+    }
+    by_arm = {
+        policy: [figures(result.records, calibration, run_end_s=result.run_end_s) for result in results]
+        for policy, results in runs.items()
+    }
+    step_us = {policy: [result.scheduler["us_median_with_most_running"] for result in runs[policy]] for policy in runs}
+    for policy, results in runs.items():
+        arm: dict[str, Any] = {"repeats": []}
+        report["arms"][policy] = arm
+        for one, result in zip(by_arm[policy], results, strict=True):
+            rest = asdict(result)
+            del rest["records"], rest["tokens"]
+            arm["repeats"].append(asdict(one) | rest)
+        if plan.check_exact:
+            pairs = zip(results, plan.workloads, strict=True)
+            arm["requests_with_other_tokens"] = sum(differing(result, ample[workload]) for result, workload in pairs)
+        if policy != STOCK and STOCK in runs:
+            report["ratio_to_stock"][policy] = ratio_to_stock(by_arm[policy], by_arm[STOCK])
+            report["added_scheduler_us_per_step"][policy] = difference_to_stock(step_us[policy], step_us[STOCK])
+    return report
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a reader must know of the machine; neither its name nor a path."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def differing(result: RunResult, base: RunResult) -> int:
+    """Requests whose tokens, as far as they were delivered, are not those of the base run."""
+    return sum(tokens != base.tokens[name][: len(tokens)] for name, tokens in result.tokens.items())
+
+
+def calibrate(plan: Plan, arm: Arm) -> tuple[Calibration, dict[str, float]]:
+    """Time requests one at a time, at several prompt lengths; check the fit on requests of the workload."""
+    rng = random.Random(0)
+    workload = plan.workloads[0]
+    prompts = sorted(workload, key=lambda request: len(request.prompt_token_ids))
+    num_output = max(2, round(statistics.median(request.output_tokens for request in workload)))
+    places = [round(i * (len(prompts) - 1) / (CALIBRATION_LENGTHS - 1)) for i in range(CALIBRATION_LENGTHS)]
+    chosen = [replace(prompts[place], output_tokens=num_output) for place in places] * CALIBRATION_TIMES
+    checked = rng.sample(workload, min(CHECKED_REQUESTS, len(workload)))
+
+    def alone(request: RequestSpec) -> RequestRecord:
+        return arm.run([replace(request, arrival_s=0.0)], limit_s=plan.limit_s).records[0]
+
+    for request in chosen[:CALIBRATION_LENGTHS]:
+        alone(request)  # warm-up
+    calibration = Calibration.fit([alone(request) for request in chosen])
+    return calibration, calibration.check([alone(request) for request in checked])
+
+
+def run_ample(plan: Plan, arm: Arm, workload: Sequence[RequestSpec]) -> RunResult:
+    """Run a workload in memory that suffices for everything."""
+    result = arm.run(workload, limit_s=plan.limit_s)
+    if sum(record.recomputes for record in result.records):
+        raise RuntimeError("Stock preempted with memory for everything: the demand for KV blocks is not known.")
+    return result
+
+
+def run_arms(plan: Plan, scratch: Path, num_blocks: int | None, say: Say) -> dict[str, list[RunResult]]:
+    """Start all arms, warm them up, and run the repeats in rotating order."""
+    runs: dict[str, list[RunResult]] = {policy: [] for policy in plan.policies}
+    with ExitStack() as stack:
+        arms = {}
+        for policy in plan.policies:
+            say(f"Starting arm {policy} ...")
+            settings = replace(plan.engine, policy=policy, num_kv_blocks=num_blocks)
+            arms[policy] = stack.enter_context(Arm(settings, scratch / f"{policy}.log"))
+        for policy, arm in arms.items():
+            say(f"Warming up {policy} ...")
+            arm.run(plan.workloads[0], limit_s=plan.limit_s)
+        for repeat, workload in enumerate(plan.workloads):
+            first = repeat % len(arms)
+            for policy in plan.policies[first:] + plan.policies[:first]:
+                result = arms[policy].run(workload, limit_s=plan.limit_s)
+                runs[policy].append(result)
+                delivered = sum(record.delivered_tokens for record in result.records)
+                rate = delivered / result.run_end_s
+                say(
+                    f"Repeat {repeat + 1}/{len(plan.workloads)}: {policy} {result.run_end_s:.1f} s, {rate:.0f} tokens/s"
+                )
+    return runs
