@@ -218,14 +218,14 @@ def _fairness(
 def _events(record: RequestRecord, run_end_s: float) -> Iterator[tuple[float, int, str, float, float, int]]:
     """(time, phase, tenant, jump of service, rise of its rate per second, change of the number that waits).
 
-    Phases order what happens at one time: who arrives waits already, and who gets its first token waits still, while
-    service is given.
+    Phases order what happens at one time: 0, arrivals, and the moment before a jump; 1, service; 2, the end of waiting.
     """
     first_s, finish_s = _or(record.first_token_s, run_end_s), _or(record.finish_s, run_end_s)
     jump = PROMPT_WEIGHT * record.prompt_tokens if record.delivered_tokens else 0.0
     output = OUTPUT_WEIGHT * record.delivered_tokens
     rate = output / (finish_s - first_s) if finish_s > first_s else 0.0
     yield record.arrival_s, 0, record.tenant, 0.0, 0.0, 1
+    yield first_s, 0, record.tenant, 0.0, 0.0, 0
     yield first_s, 1, record.tenant, jump if rate else jump + output, rate, 0
     yield first_s, 2, record.tenant, 0.0, 0.0, -1
     yield finish_s, 1, record.tenant, 0.0, -rate, 0
