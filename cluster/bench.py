@@ -206,7 +206,7 @@ def check_options(given: dict[str, Any]) -> None:
         raise ValueError("--policy names an arm twice: name each once.")
     for name in ("repeats", "max_num_seqs", "threads", "limit_s"):
         if not given[name] > 0 or math.isinf(given[name]):
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0.")
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and finite.")
     if not 0 <= given["pool_fraction"] <= 1:
         raise ValueError("--pool-fraction must be between 0 and 1.")
     if given["host_pool_bytes"] < 0:
@@ -266,7 +266,7 @@ def write_tiny_model(folder: Path) -> None:
     for name, (rows, columns, gain) in shapes.items():
         matrix = rng.standard_normal((rows, columns), dtype=np.float32)
         weights[f"{name}.weight"] = (matrix * (gain / columns**0.5)).astype(np.float32)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(TINY))
     save_file(weights, folder / "model.safetensors")
 

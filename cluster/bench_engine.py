@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -263,24 +263,11 @@ class Engine:
                 tokens[output.request_id] += output.outputs[0].token_ids
                 times_s[output.request_id].append(now_s)
         self.engine.abort_request(list(inner_ids))  # what is unfinished at the limit
-        records = [
-            RequestRecord(
-                request_id=request.request_id,
-                tenant=request.tenant,
-                arrival_s=request.arrival_s,
-                first_token_s=times_s[request.request_id][0] if times_s[request.request_id] else None,
-                finish_s=times_s[request.request_id][-1]
-                if len(tokens[request.request_id]) == request.output_tokens
-                else None,
-                prompt_tokens=len(request.prompt_token_ids),
-                output_tokens=request.output_tokens,
-                delivered_tokens=len(tokens[request.request_id]),
-                **self._preempted[inner_ids.get(request.request_id, "")],
-            )
-            for request in requests
-        ]
         return RunResult(
-            records=records,
+            records=[
+                self._record(request, inner_ids.get(request.request_id), times_s[request.request_id], tokens)
+                for request in requests
+            ],
             run_end_s=now_s,
             peak_kv_blocks=self._peak_blocks,
             computed_tokens=self._computed_tokens,
@@ -301,6 +288,22 @@ class Engine:
         params.output_kind = type(params.output_kind).DELTA  # vLLM exports no name for this type
         prompt = TokensPrompt(prompt_token_ids=list(request.prompt_token_ids))
         return str(self.engine.add_request(request.request_id, prompt, params))
+
+    def _record(
+        self, request: RequestSpec, inner_id: str | None, times_s: Sequence[float], tokens: Mapping[str, Sequence[int]]
+    ) -> RequestRecord:
+        num_delivered = len(tokens[request.request_id])
+        return RequestRecord(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            arrival_s=request.arrival_s,
+            first_token_s=times_s[0] if times_s else None,
+            finish_s=times_s[-1] if num_delivered == request.output_tokens else None,
+            prompt_tokens=len(request.prompt_token_ids),
+            output_tokens=request.output_tokens,
+            delivered_tokens=num_delivered,
+            **(self._preempted[inner_id] if inner_id else {}),
+        )
 
     def _scheduler_time(self) -> dict[str, float]:
         step_us = [ns / 1000 for ns in self._step_ns]

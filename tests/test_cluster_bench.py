@@ -1,0 +1,196 @@
+"""Goal: `python -m cluster bench` measures real engines, says what a wrong option is, and leaves no process behind.
+
+Method: wrong options in this process, without engines; then the command itself, once to its end and twice cut short. A
+variable in its environment marks its processes, so that those of others do not count.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import bench
+from cluster.bench_engine import EngineSettings
+from cluster.workload import synthetic
+
+ROOT = Path(__file__).parents[1]
+MARK = "ADAPTIVELLM_TEST_MARK"
+SMALL = "synthetic:requests=12,rate=inf,tenants=2,output_mean=100"
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "stock,swop"], "--policy has no 'swop': use some of stock, recompute, swap"),
+        (["--policy", "stock,stock"], "--policy names an arm twice"),
+        (["--policy", ""], "--policy has no ''"),
+        (["--repeats", "0"], "--repeats must be above 0"),
+        (["--max-num-seqs", "-1"], "--max-num-seqs must be above 0"),
+        (["--threads", "0"], "--threads must be above 0"),
+        (["--limit-s", "nan"], "--limit-s must be above 0"),
+        (["--limit-s", "inf"], "--limit-s must be above 0 and finite"),
+        (["--pool-fraction", "1.5"], "--pool-fraction must be between 0 and 1"),
+        (["--pool-fraction", "nan"], "--pool-fraction must be between 0 and 1"),
+        (["--host-pool-bytes", "-1"], "--host-pool-bytes must not be negative"),
+        (["--workload", "synthetic:requets=5"], "Unknown workload key 'requets'"),
+        (["--workload", "synthetic:vocab=513"], "vocab_size is 512 and the workload needs 513"),
+        (
+            ["--workload", "synthetic:prompt_max=5000,prompt_mean=5000,output_mean=140,spread=0"],
+            "max_position_embeddings is 4096 and the workload needs 5140",
+        ),
+        (["--off-pressure", "--max-num-seqs", "8"], "--off-pressure sets --max-num-seqs itself"),
+        (["--json", "/nowhere/at/all.json"], "--json must name a file in a folder that exists"),
+        (["--model", "/nowhere/at/all"], "has no config.json"),
+        (["--model", "owner/name"], "--model must be a folder"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(options(*arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("Error: ")
+    assert message in printed.err
+
+
+def test_the_off_pressure_preset_fills_256_places_at_once(tmp_path: Path) -> None:
+    plan = bench.plan_of(options("--off-pressure"), tmp_path)
+    assert (plan.engine.max_num_seqs, plan.pool_fraction) == (256, 0)
+    (workload,) = set(plan.workloads)
+    assert [request.arrival_s for request in workload] == [0.0] * 256
+    assert {request.output_tokens for request in workload} == {64}
+
+
+def test_repeats_have_the_same_requests_unless_the_seed_shall_vary(tmp_path: Path) -> None:
+    same = bench.plan_of(options("--repeats", "3"), tmp_path / "a").workloads
+    other = bench.plan_of(options("--repeats", "3", "--vary-seed"), tmp_path / "b").workloads
+    assert len(same) == len(other) == len(set(other)) == 3
+    assert set(same) == {other[0]}
+
+
+def test_ample_memory_holds_the_largest_requests_that_may_run_at_once() -> None:
+    requests = synthetic(requests=5, spread=0, prompt_mean=40, output_mean=30)  # 70 tokens: 3 blocks of 32 each
+    assert bench.ample_blocks(requests, 4) == 4 * 3 + 1
+    assert bench.ample_blocks(requests, 9) == 5 * 3 + 1
+
+
+def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
+    settings: dict[str, Any] = {
+        "model": "folder", "num_kv_blocks": 9, "host_pool_bytes": 77, "max_num_seqs": 4, "max_model_len": 100,
+        "block_size": 32, "dtype": "float32", "load_format": "auto", "threads": 1,
+    }  # fmt: skip
+    stock = EngineSettings(policy="stock", **settings).engine_arguments()
+    swap = EngineSettings(policy="swap", **settings).engine_arguments()
+    assert {key: swap[key] for key in stock} == stock
+    assert set(swap) - set(stock) == {"scheduler_cls", "kv_transfer_config"}
+    assert swap["kv_transfer_config"]["kv_connector_extra_config"] == {"preemption": "swap", "host_pool_bytes": 77}
+    unlimited = EngineSettings(policy="stock", **settings | {"num_kv_blocks": None})
+    assert "num_gpu_blocks_override" not in unlimited.engine_arguments()
+
+
+@pytest.mark.engine
+def test_the_command_measures_every_policy_to_the_token(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    command, mark = start(
+        "--policy", "stock,swap,recompute", "--repeats", "1", "--workload", SMALL, "--check-exact", "--json", str(file)
+    )
+    out, err = command.communicate(timeout=500)
+    assert command.returncode == 0, err
+    assert processes(mark) == []
+    assert "Repeat 1/1" in err
+    assert "swap / stock" in out
+    assert str(tmp_path) not in file.read_text()
+    assert os.uname().nodename not in file.read_text()
+    report = json.loads(file.read_text())
+    assert set(report) == {
+        "benchmark", "machine", "settings", "calibration", "arms", "interval", "ratio_to_stock",
+        "added_scheduler_us_per_step",
+    }  # fmt: skip
+    assert list(report["arms"]) == ["stock", "swap", "recompute"]
+    assert 0 < report["calibration"]["check"]["median_error"] < 1
+    settings = report["settings"]
+    assert settings["num_kv_blocks"] - 1 == -(-settings["demand_kv_blocks"] * 4 // 10)  # beside vLLM's null block
+    for policy, arm in report["arms"].items():
+        (one,) = arm["repeats"]
+        assert arm["requests_with_other_tokens"] == 0
+        assert (one["requests"], one["unfinished"]) == (12, 0)
+        assert sorted(one["tenants"]) == ["tenant-0", "tenant-1"]
+        assert one["throughput_tokens_per_s"] > 0
+        assert one["weighted_turnaround_p99"] >= one["weighted_turnaround_mean"] > 0.5
+        assert one["peak_kv_blocks"] < settings["num_kv_blocks"] < settings["demand_kv_blocks"]
+        assert one["preemptions"] == one["swaps" if policy == "swap" else "recomputes"] > 0
+        assert one["scheduler"]["us_median"] > 0
+    computed = {policy: arm["repeats"][0]["computed_tokens"] for policy, arm in report["arms"].items()}
+    assert computed["swap"] < computed["recompute"]
+    for policy in ("swap", "recompute"):
+        assert report["ratio_to_stock"][policy]["throughput_tokens_per_s"]["median"] > 0
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_command_cut_short_leaves_no_engine(number: signal.Signals, status: int) -> None:
+    command, mark = start("--workload", SMALL)
+    try:
+        wait_for(lambda: len(processes(mark)) == 2, "the first engine to start", limit_s=60)
+        command.send_signal(number)
+        out, err = command.communicate(timeout=60)
+        assert command.returncode == status
+        assert out == ""
+        assert number == signal.SIGKILL or err.splitlines()[-1] == "Interrupted; all engines are ended."
+        # Nobody is left to end the engine of a killed command: it ends by itself when it looks for its next line.
+        wait_for(lambda: processes(mark) == [], "the engine to end", limit_s=120 if number == signal.SIGKILL else 1)
+    finally:
+        for process_id in processes(mark):
+            os.kill(process_id, signal.SIGKILL)
+
+
+def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """Start the command in a process of its own; return it and the mark of its processes."""
+    mark = uuid.uuid4().hex
+    command = subprocess.Popen(
+        [sys.executable, "-m", "cluster", "bench", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {MARK: mark},
+    )
+    return command, mark
+
+
+def processes(mark: str) -> list[int]:
+    """Processes that carry the mark and have not ended."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it has just ended, or is somebody else's
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool], what: str, *, limit_s: float) -> None:
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s, f"waited {limit_s} s for {what}"
+        time.sleep(0.1)
