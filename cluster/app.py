@@ -21,12 +21,13 @@ from replicas.features import refused_feature
 HEALTH_CHECK_TIMEOUT_S = 60
 """A replica that compiles or prefills a long prompt on few cores answers late; Ray's 10 s would restart it."""
 
-INGRESS_ENVIRONMENT = {
+SERVE_ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
 }
-"""Every token crosses the ingress: by default from thread to thread three times. All our code there is asynchronous."""
+"""Of ingress and replicas. Every token crosses both, by default from thread to thread three times each; all code there is
+asynchronous."""
 
 CPU_BATCHED_TOKENS = 4096
 """Tokens of one CPU step at least: several prompts fit one step."""
@@ -57,7 +58,7 @@ def build(args: dict[str, Any]) -> Application:
             "name": "AdaptiveIngress",
             "num_replicas": ingress.num_replicas,
             "max_ongoing_requests": ingress.max_ongoing_requests,
-            "ray_actor_options": {"num_cpus": ingress.num_cpus, "runtime_env": {"env_vars": INGRESS_ENVIRONMENT}},
+            "ray_actor_options": {"num_cpus": ingress.num_cpus, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
         },
     )
     ingress_class = make_fastapi_ingress(AdaptiveIngress, endpoint_map=ENDPOINTS, app=make_app(limits))
@@ -92,7 +93,7 @@ def make_llm_config(settings: AppArgs, folder: Path | None) -> LLMConfig:
         "experimental_configs": {"stream_batching_interval_ms": 0},
         "server_cls": "replicas.serve_server.AdaptiveLLMServer",
     }
-    env_vars = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    env_vars = SERVE_ENVIRONMENT | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if replicas.accelerator == "cpu":
         # The replica's actor and its engine each book half: Ray adds the actor's share to the first bundle.
         deployment["ray_actor_options"] = {"num_cpus": replicas.num_cpus / 2}

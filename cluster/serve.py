@@ -188,8 +188,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray runs its workers at niceness 15, where any other process of the host would starve an engine.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # The proxy, too, hands every token from thread to thread by default.
+    # What cluster.app.SERVE_ENVIRONMENT and the ingress set for themselves, for the proxy.
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
     # Spare workers started ahead are of no use to deployments with an environment of their own.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 

@@ -79,6 +79,28 @@ def test_a_cpu_engine_of_ours_gets_one_process() -> None:
     assert issubclass(UniProcExecutor, Executor)
 
 
+def test_a_handle_can_answer_over_grpc_and_the_ingress_caches_its_handles() -> None:
+    from ray.serve.handle import DeploymentHandle
+    from ray.serve.llm.ingress import OpenAiIngress
+
+    assert "_by_reference" in parameters(DeploymentHandle.options), "cluster/ingress.py"
+    assert parameters(OpenAiIngress._get_configured_serve_handle) == ["model_id"], "cluster/ingress.py"
+    assert "self._configured_serve_handles" in inspect.getsource(OpenAiIngress.__init__), "cluster/ingress.py"
+    assert "self._get_configured_serve_handle(" in inspect.getsource(OpenAiIngress._get_response), "cluster/ingress.py"
+
+
+def test_what_serve_reads_from_the_environment_still_has_these_names() -> None:
+    from ray.serve._private import constants
+
+    for name in (
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE",
+        "RAY_SERVE_PROXY_USE_GRPC",
+    ):
+        assert hasattr(constants, name), f"cluster/app.py, cluster/serve.py: {name}"
+
+
 def test_a_handle_reaches_all_replicas() -> None:
     from ray.serve.handle import DeploymentHandle
 
