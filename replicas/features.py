@@ -14,6 +14,9 @@ _HYBRID_KEYS = (
     "linear_num_key_heads",
     "mamba_n_heads",
     "conv_L_cache",
+    "hybrid_override_pattern",
+    "linear_attn_config",
+    "index_topk",
 )
 
 
@@ -36,11 +39,20 @@ def refused_feature(engine_kwargs: Mapping[str, Any], hf_config: Mapping[str, An
         return "trust_remote_code is not supported: use a model that vLLM implements itself."
     if engine_kwargs.get("enable_prompt_embeds"):
         return "Prompt embeddings are not supported: remove enable_prompt_embeds from engine_kwargs."
-    if any(hf_config.get(key) for key in _MULTIMODAL_KEYS):
+    return refused_model(
+        multimodal=any(hf_config.get(key) for key in _MULTIMODAL_KEYS),
+        hybrid=_has_hybrid_cache(hf_config),
+        encoder_decoder=bool(hf_config.get("is_encoder_decoder")),
+    )
+
+
+def refused_model(*, multimodal: bool, hybrid: bool, encoder_decoder: bool) -> str | None:
+    """Name the first property of a model for which it may not be served, as one sentence with the mend, or None."""
+    if multimodal:
         return "Multimodal models are not supported: choose a text model."
-    if _has_hybrid_cache(hf_config):
+    if hybrid:
         return "Models with hybrid KV caches are not supported: choose one with full attention in every layer."
-    if hf_config.get("is_encoder_decoder"):
+    if encoder_decoder:
         return "Encoder-decoder models are not supported: choose a decoder-only model."
     return None
 
@@ -50,6 +62,8 @@ def _has_hybrid_cache(hf_config: Mapping[str, Any]) -> bool:
         return True
     layer_types = hf_config.get("layer_types") or hf_config.get("layers_block_type") or []
     if any(kind not in ("full_attention", "attention") for kind in layer_types):
+        return True
+    if any(kind != 1 for kind in hf_config.get("attn_type_list") or []):  # MiniMax: 1 is softmax attention, 0 linear
         return True
     # A window over every layer is one cache, but blocks outside it are freed: also not shown to be exact.
     return bool(hf_config.get("sliding_window")) and hf_config.get("use_sliding_window", True) is not False

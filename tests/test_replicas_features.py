@@ -3,6 +3,8 @@
 Method: the settings that switch a feature on, and shortened `config.json` files of models that have it or only name it.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,7 @@ def refusal(engine_kwargs: dict[str, Any] | None = None, **hf_config: Any) -> st
         ),
         pytest.param({**LLAMA, "model_type": "mistral", "sliding_window": None}, id="Mistral without a window"),
         pytest.param({**LLAMA, "layers_block_type": ["attention"] * 32}, id="attention in every layer"),
+        pytest.param({**LLAMA, "attn_type_list": [1] * 32}, id="softmax attention in every layer"),
         pytest.param(
             {**LLAMA, "is_encoder_decoder": False, "vision_config": None}, id="a feature that is named as absent"
         ),
@@ -127,6 +130,10 @@ def test_a_multimodal_model_is_refused(hf_config: dict[str, Any]) -> None:
         pytest.param({"layer_types": [FULL, "chunked_attention"]}, id="chunks in some layers"),
         pytest.param({"layers_block_type": ["attention", "mamba"]}, id="blocks of two kinds"),
         pytest.param({"model_type": "mistral", "sliding_window": 4096}, id="Mistral with a window"),
+        pytest.param({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*"}, id="Nemotron-H"),
+        pytest.param({"linear_attn_config": {"kda_layers": [1, 2, 3]}}, id="Kimi Linear"),
+        pytest.param({"attn_type_list": [0, 0, 1]}, id="MiniMax"),
+        pytest.param({"model_type": "deepseek_v32", "index_topk": 2048}, id="sparse attention with an index"),
         pytest.param({**QWEN2, "use_sliding_window": True}, id="Qwen2 whose window is switched on"),
     ],
 )
@@ -140,3 +147,27 @@ def test_an_encoder_decoder_model_is_refused() -> None:
 
 def test_the_settings_are_named_before_the_model_for_they_are_mended_sooner() -> None:
     assert "LoRA" in refusal({"enable_lora": True}, is_encoder_decoder=True)
+
+
+# Refused by what vLLM knows, which is all there is for a hub id
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "hf_config",
+    [
+        {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
+        {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "state_size": 16},
+    ],
+    ids=["Mistral with a window", "Mamba"],
+)
+def test_the_engine_refuses_by_what_vllm_knows_of_the_model(tmp_path: Path, hf_config: dict[str, Any]) -> None:
+    from vllm.config import ModelConfig
+
+    from replicas.serve_engine import check_model
+
+    config = {"hidden_size": 64, "num_attention_heads": 4, **hf_config}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model_config = ModelConfig(model=str(tmp_path), skip_tokenizer_init=True, max_model_len=128)
+    with pytest.raises(ValueError, match="hybrid KV caches are not supported"):
+        check_model(model_config)
