@@ -2,7 +2,8 @@
 
 Rules:
 - vLLM's `schedule()` is never copied. The seams are few: `_preempt_request` (what happens to a victim), `schedule` and
-  `update_from_output` (channel and counters around vLLM's own work), `reset_prefix_cache` (nothing survives it).
+  `update_from_output` (channel and counters around vLLM's own work), `_free_blocks` (a request's last count),
+  `reset_prefix_cache` (nothing survives it).
 - Without a connector, a channel or a stamp, nothing differs from vLLM's own scheduler until memory runs out, and then
   only the fate of the victim's blocks does.
 
@@ -45,7 +46,8 @@ class _AdaptiveMixin(Scheduler):
         self._next_totals_s = 0.0
         self._epoch = os.urandom(8).hex()
         self._sequence = 0
-        self.num_steps = self.num_scheduled_tokens = self.num_output_tokens = 0
+        self.num_steps = self.num_scheduled_tokens = 0
+        self._num_output_tokens_of_freed = 0
         self.num_preemptions = dict.fromkeys(Action, 0)
         self.num_swapped_out_blocks = self.num_swapped_in_blocks = 0
         self.last_decision: PreemptionDecision | None = None
@@ -66,9 +68,6 @@ class _AdaptiveMixin(Scheduler):
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's update, then counters and the report to the server."""
         outputs = super().update_from_output(*args, **kwargs)
-        for engine_outputs in outputs.values():
-            for output in engine_outputs.outputs:
-                self.num_output_tokens += len(output.new_token_ids)
         if self._channel is not None:
             now_s = time.monotonic()
             # No step follows the one that leaves the engine idle, so its report cannot wait for the interval.
@@ -76,6 +75,16 @@ class _AdaptiveMixin(Scheduler):
                 self._next_totals_s = now_s + TOTALS_INTERVAL_S
                 self._channel.send(self.totals())
         return outputs
+
+    def _free_blocks(self, request: Request) -> None:
+        """Count the request's tokens, then let vLLM forget it: finished, aborted or failed, each comes here once."""
+        self._num_output_tokens_of_freed += request.num_output_tokens
+        super()._free_blocks(request)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated since the engine started; counted when asked, which is less often than every step."""
+        return self._num_output_tokens_of_freed + sum(request.num_output_tokens for request in self.requests.values())
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         """Decide the victim's fate while its blocks are still its own, then let vLLM preempt it."""

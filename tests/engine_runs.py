@@ -197,6 +197,8 @@ def run_engine(model: Path, policy: str, jobs: Sequence[Job], **changes: Any) ->
     with engine(model, policy, **changes) as llm:
         tokens = generate(llm, jobs)
         assert_nothing_left(llm)
+        if policy != "stock":
+            assert scheduler_of(llm).num_output_tokens == sum(map(len, tokens))
         return Run(tokens=tokens, **counters_of(llm))
 
 

@@ -75,6 +75,7 @@ SIGNATURES = [
     (f"{SCHEDULER}.schedule", "self throttle_prefills", "replicas/vllm_scheduler.py"),
     (f"{SCHEDULER}.update_from_output", "self scheduler_output model_runner_output", "replicas/vllm_scheduler.py"),
     (f"{SCHEDULER}._preempt_request", "self request timestamp drop_stale_output", "replicas/vllm_scheduler.py"),
+    (f"{SCHEDULER}._free_blocks", "self request", "replicas/vllm_scheduler.py"),
     (f"{SCHEDULER}.reset_prefix_cache", "self reset_running_requests reset_connector", "replicas/vllm_scheduler.py"),
     (f"{ASYNC_SCHEDULER}._preempt_request", "self request timestamp drop_stale_output", "replicas/vllm_scheduler.py"),
     (f"{CONNECTOR}.__init__", "self vllm_config role kv_cache_config", "replicas/vllm_swap.py"),
@@ -141,7 +142,7 @@ def test_an_override_can_be_called_as_the_method_that_it_replaces(ours: str, the
 OVERRIDES = {
     SCHEDULER: (
         "replicas.vllm_scheduler:_AdaptiveMixin",
-        "schedule update_from_output _preempt_request reset_prefix_cache",
+        "schedule update_from_output _free_blocks _preempt_request reset_prefix_cache",
     ),
     CONNECTOR: (
         "replicas.vllm_swap:SwapConnector",
@@ -163,7 +164,7 @@ def test_the_asynchronous_scheduler_lies_between_ours_and_the_synchronous_one() 
     ours = load("replicas.vllm_scheduler:AdaptiveAsyncScheduler")
     order = [cls.__name__ for cls in ours.__mro__]
     assert order[:4] == ["AdaptiveAsyncScheduler", "_AdaptiveMixin", "AsyncScheduler", "Scheduler"], order
-    replaced = {"schedule", "update_from_output", "_preempt_request", "reset_prefix_cache"} & set(
+    replaced = {"schedule", "update_from_output", "_free_blocks", "_preempt_request", "reset_prefix_cache"} & set(
         vars(load(ASYNC_SCHEDULER))
     )
     assert not replaced, moved(f"AsyncScheduler has its own {replaced}", "replicas/vllm_scheduler.py")
@@ -329,6 +330,19 @@ def test_a_freed_block_is_held_back_only_where_the_flag_that_ours_clears_says_so
         ["if not self.defer_block_free or", "self.kv_cache_manager.free(request)"],
         "replicas/vllm_scheduler.py (__init__)",
     )
+
+
+def test_a_request_is_forgotten_in_one_place_where_its_tokens_are_counted_for_the_last_time() -> None:
+    assert_in_order(
+        f"{SCHEDULER}._free_blocks",
+        ["self._free_request_blocks(request)", "del self.requests[request.request_id]"],
+        "replicas/vllm_scheduler.py (_free_blocks)",
+    )
+    source = inspect.getsource(load(SCHEDULER))
+    assert source.count("del self.requests[") == 1, moved(
+        "requests are forgotten elsewhere", "replicas/vllm_scheduler.py"
+    )
+    assert "self.requests.pop(" not in source, moved("requests are forgotten elsewhere", "replicas/vllm_scheduler.py")
 
 
 def test_plugins_are_found_by_the_entry_point_that_is_declared() -> None:

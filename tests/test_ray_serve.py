@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,12 +21,12 @@ import httpx
 import openai
 import pytest
 
+from tests.cluster_runs import HELLO, MODEL, environment, free_port
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-MODEL = "smollm2-135m-instruct"
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-HELLO = [{"role": "user", "content": "Say hello."}]
 
 
 @dataclass
@@ -41,18 +40,6 @@ class Running:
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         data = content if content is not None else json.dumps(body).encode()
         return httpx.post(self.url + path, content=data, headers=sent, timeout=120)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def environment() -> dict[str, str]:
-    """The tests' environment without what conftest sets for engines inside the test process."""
-    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_LOGGING_LEVEL")
-    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 @pytest.fixture(scope="module")
