@@ -25,10 +25,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import models
 from cluster.bench_engine import STOCK, Arm, EngineSettings
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
-from cluster.config import default_home
+from cluster.bench_model import model_folder
 from cluster.workload import RequestRecord, RequestSpec, RunResult, SyntheticSource
 from replicas.config import PreemptionPolicy
 
@@ -41,12 +40,6 @@ OFF_PRESSURE = {
     "max_num_seqs": 256,
 }
 CALIBRATION_LENGTHS, CALIBRATION_TIMES, CHECKED_REQUESTS = 5, 3, 20
-TINY: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
-}  # fmt: skip
 
 Say = Callable[[str], None]
 
@@ -113,6 +106,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure; 0, 1 when an engine failed or a token differed, 2 for a wrong option, 130 when interrupted."""
+    return run_command(options, lambda scratch, say: measure(plan_of(options, scratch), scratch, say), table)
+
+
+def run_command(
+    options: argparse.Namespace,
+    work: Callable[[Path, "Say"], dict[str, Any]],
+    render: Callable[[dict[str, Any]], str],
+) -> int:
+    """Run a benchmark in a scratch folder, print its table, write `--json`; return the exit status of `main`."""
     started_s = time.monotonic()
 
     def say(text: str) -> None:
@@ -120,9 +122,8 @@ def main(options: argparse.Namespace) -> int:
 
     try:
         with tempfile.TemporaryDirectory(prefix="adaptivellm-") as scratch, _terminated_like_interrupted():
-            plan = plan_of(options, Path(scratch))
-            report = measure(plan, Path(scratch), say)
-        print(table(report))
+            report = work(Path(scratch), say)
+        print(render(report))
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
     except OSError as error:
@@ -137,7 +138,7 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("Interrupted; all engines are ended.", file=sys.stderr)
         return 130
-    if any(arm.get("requests_with_other_tokens") for arm in report["arms"].values()):
+    if any(arm.get("requests_with_other_tokens") for arm in report.get("arms", {}).values()):
         print("Error: tokens differ from those of stock with ample memory.", file=sys.stderr)
         return 1
     return 0
@@ -213,62 +214,6 @@ def check_options(given: dict[str, Any]) -> None:
         raise ValueError("--host-pool-bytes must not be negative; 0 turns swapping off.")
     if (path := given["json"]) and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ValueError("--json must name a file in a folder that exists: make the folder or name another one.")
-
-
-def model_folder(source: str | None, tiny: Path, *, vocab: int, longest: int) -> Path:
-    """Return the folder of the model to run; the tiny one is written for no source.
-
-    Raises:
-        ValueError: It is no folder with a model, or the requests do not fit it.
-    """
-    if source is None:
-        write_tiny_model(tiny)
-    folder = models.require(source, default_home()) if source else tiny
-    if folder is None:
-        raise ValueError("--model must be a folder in Hugging Face layout: fetch the model and name its folder.")
-    config = models.read_config(folder)
-    for key, needed, mend in (
-        ("vocab_size", vocab, "lower the workload key vocab"),
-        ("max_position_embeddings", longest, "lower the workload keys prompt_max and output_max"),
-    ):
-        limit = config.get(key)
-        if isinstance(limit, int) and limit < needed:
-            raise ValueError(f"The model's {key} is {limit} and the workload needs {needed}: {mend}.")
-    return folder
-
-
-def write_tiny_model(folder: Path) -> None:
-    """Write a small Llama with random weights, whose next token hangs on all of its KV cache.
-
-    Why not vLLM's dummy weights: they are so small that attention hardly reaches the logits, so that an engine which
-    loads the wrong KV blocks delivers the right tokens, and `--check-exact` would show nothing.
-    """
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    rng = np.random.default_rng(0)
-    width, inner, vocabulary = TINY["hidden_size"], TINY["intermediate_size"], TINY["vocab_size"]
-    kv_width = width // TINY["num_attention_heads"] * TINY["num_key_value_heads"]
-    shapes = {"model.embed_tokens": (vocabulary, width, width**0.5), "lm_head": (vocabulary, width, 2.0)}
-    norms = ["model.norm"]
-    for layer in (f"model.layers.{number}" for number in range(TINY["num_hidden_layers"])):
-        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
-        shapes |= {
-            f"{layer}.self_attn.q_proj": (width, width, 3.0),  # attends to few tokens, not to all alike
-            f"{layer}.self_attn.k_proj": (kv_width, width, 1.0),
-            f"{layer}.self_attn.v_proj": (kv_width, width, 2.0),
-            f"{layer}.self_attn.o_proj": (width, width, 2.0),
-            f"{layer}.mlp.gate_proj": (inner, width, 1.0),
-            f"{layer}.mlp.up_proj": (inner, width, 1.0),
-            f"{layer}.mlp.down_proj": (width, inner, 1.0),
-        }
-    weights = {f"{name}.weight": np.ones(width, np.float32) for name in norms}
-    for name, (rows, columns, gain) in shapes.items():
-        matrix = rng.standard_normal((rows, columns), dtype=np.float32)
-        weights[f"{name}.weight"] = (matrix * (gain / columns**0.5)).astype(np.float32)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(TINY))
-    save_file(weights, folder / "model.safetensors")
 
 
 def ample_blocks(requests: Sequence[RequestSpec], max_num_seqs: int) -> int:

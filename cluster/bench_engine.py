@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,6 +61,8 @@ class EngineSettings:
     dtype: str
     load_format: str
     threads: int
+    swap: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the connector (`replicas.config.SwapConfig`)."""
 
     def engine_arguments(self) -> dict[str, Any]:
         """vLLM's arguments: those of the product's CPU replicas (`cluster.app.make_engine_kwargs`), sized for the run."""
@@ -92,6 +94,7 @@ class EngineSettings:
                 "kv_connector_extra_config": {
                     "preemption": self.policy,
                     "host_pool_bytes": self.host_pool_bytes,
+                    **self.swap,
                 },
             }
         return arguments

@@ -253,17 +253,22 @@ def ratio_to_stock(runs: Sequence[Figures], stock: Sequence[Figures]) -> dict[st
     """Per figure: ratio to stock of every repeat, their median, and `interval` of their logarithms."""
     ratios = {}
     for name in RATIO_FIGURES:
-        pairs = [(getattr(run, name), getattr(base, name)) for run, base in zip(runs, stock, strict=True)]
-        if all(ours and theirs for ours, theirs in pairs):
-            values = [ours / theirs for ours, theirs in pairs]
-            low, high = interval([math.log(value) for value in values]) or (None, None)
-            ratios[name] = {
-                "median": statistics.median(values),
-                "low": None if low is None else math.exp(low),
-                "high": None if high is None else math.exp(high),
-                "repeats": values,
-            }
+        ours, theirs = [getattr(run, name) for run in runs], [getattr(base, name) for base in stock]
+        if all(ours) and all(theirs):
+            ratios[name] = ratios_of(ours, theirs)
     return ratios
+
+
+def ratios_of(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    """Ratio of every repeat, their median, and `interval` of their logarithms."""
+    ratios = [ours / theirs for ours, theirs in zip(values, base, strict=True)]
+    low, high = interval([math.log(ratio) for ratio in ratios]) or (None, None)
+    return {
+        "median": statistics.median(ratios),
+        "low": None if low is None else math.exp(low),
+        "high": None if high is None else math.exp(high),
+        "repeats": ratios,
+    }
 
 
 def difference_to_stock(values: Sequence[float], stock: Sequence[float]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class ReplicaArgs(_Settings):
 class PreemptionArgs(_Settings):
     """What happens to a request that must give way."""
 
-    policy: Literal["stock", "recompute", "swap"] = "swap"
+    policy: Literal["stock", "recompute", "swap", "adaptive"] = "swap"
     """`stock`: vLLM's own scheduler and no connector."""
 
     host_pool_bytes: int = Field(default=1 << 30, ge=0)

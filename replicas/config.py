@@ -3,6 +3,7 @@
 Rule: frozen values with units in their names; a bad or unknown key is a `ValueError` that names it and the mend.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -18,6 +19,12 @@ class PreemptionPolicy(StrEnum):
     SWAP = "swap"
     """Copy the KV blocks to host memory while the host pool has room, else recompute."""
 
+    ADAPTIVE = "adaptive"
+    """The pair of victim and action that costs least, chosen ahead of vLLM's own loop."""
+
+    RANDOM = "random"
+    """Either action, by a hash: for tests of exactness, offered to no user."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapConfig:
@@ -29,11 +36,29 @@ class SwapConfig:
     host_pool_bytes: int = 1 << 30
     """Host memory for swapped-out KV blocks, per worker process (each tensor-parallel rank keeps its own shard)."""
 
+    max_tenant_fraction: float = 1.0
+    """Share of the host pool that one tenant's requests may hold."""
+
+    cost_snapshot: str | None = None
+    """JSON of a `cost_service.snapshot.CostSnapshot`; None: the analytic one of model and hardware."""
+
+    throttled_link_bytes_per_s: float | None = None
+    """SIMULATED: transfers end as if over a link of this speed, to study slow links on CPU. None: no throttle."""
+
+    throttled_link_latency_s: float = 0.0
+    """SIMULATED: what every transfer takes on top."""
+
     def __post_init__(self) -> None:
         if isinstance(self.host_pool_bytes, bool) or not isinstance(self.host_pool_bytes, int):
             raise ValueError("host_pool_bytes must be a whole number of bytes.")
         if self.host_pool_bytes < 0:
             raise ValueError("host_pool_bytes must not be negative; 0 turns swapping off.")
+        if not 0 < self.max_tenant_fraction <= 1:
+            raise ValueError("max_tenant_fraction must be above 0 and at most 1.")
+        if self.throttled_link_bytes_per_s is not None and not 0 < self.throttled_link_bytes_per_s < math.inf:
+            raise ValueError("throttled_link_bytes_per_s must be above 0 and finite; leave it out for no throttle.")
+        if not 0 <= self.throttled_link_latency_s < math.inf:
+            raise ValueError("throttled_link_latency_s must be finite and not negative.")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
@@ -58,7 +83,7 @@ def parse_policy(name: object) -> PreemptionPolicy:
     Raises:
         ValueError: Not one of the policies that a running engine can follow.
     """
-    known = [policy.value for policy in PreemptionPolicy]
-    if name not in known:
+    if name not in list(PreemptionPolicy):
+        known = [policy.value for policy in PreemptionPolicy if policy is not PreemptionPolicy.RANDOM]
         raise ValueError(f"preemption must be one of {known}.")
     return PreemptionPolicy(str(name))

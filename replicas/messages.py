@@ -3,9 +3,9 @@
 Rule: totals are cumulative since the engine started, so that a lost message costs nothing and a repeated one adds nothing.
 """
 
-from typing import Literal
-
 import msgspec
+
+from replicas.config import PreemptionPolicy
 
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -13,7 +13,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 class SetPolicy(msgspec.Struct, frozen=True, kw_only=True, tag="set_policy", forbid_unknown_fields=True):
     """Server to engine: follow another preemption policy from the next step on."""
 
-    preemption: Literal["recompute", "swap"]
+    preemption: PreemptionPolicy
 
 
 class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forbid_unknown_fields=True):

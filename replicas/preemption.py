@@ -1,12 +1,22 @@
-"""Swap or recompute: what happens to the KV blocks of a request that must give way.
+"""Who gives way, and whether the KV blocks of a victim are swapped out or recomputed.
 
-Rules: values in, an explained decision out; no clock, no engine. The scheduler and the simulator call the same function.
+Rules: values in, explained decisions out; no clock, no engine, no randomness. Engine and simulator call the same objects.
+- A fixed policy takes vLLM's victim (the last running request) and always the same action where it can.
+- The adaptive policy chooses pairs of victim and action by the lowest price per useful block.
+- A victim whose blocks cannot be swapped (unsafe here, nothing computed, no room) is recomputed, whoever decides.
 """
 
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Protocol
 
+import numpy as np
+
+from cost_service.snapshot import CostSnapshot
 from replicas.config import PreemptionPolicy
+from replicas.preemption_cost import Candidate, CandidateTable, Pressure, Prices, prices
 
 
 class Action(StrEnum):
@@ -17,48 +27,160 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Victim:
-    """A running request that gives way."""
-
-    request_id: str
-    num_computed_tokens: int
-    """Tokens whose KV is in the engine's blocks once the steps in flight are done."""
-
-    num_blocks: int
-    """KV blocks that hold those tokens; the last may be partly filled."""
-
-
-@dataclass(frozen=True, slots=True)
 class PreemptionDecision:
     """What to do with one victim, and why."""
 
     request_id: str
     action: Action
     num_blocks: int
-    """KV blocks that leave the engine's pool (and, for a swap, enter the host pool)."""
+    """KV blocks that leave the engine's pool."""
+
+    prices: Prices
+    """What both actions were predicted to cost."""
 
     reason: str
 
 
-def decide(
-    victim: Victim, policy: PreemptionPolicy, *, num_free_host_slots: int, unsafe: str | None = None
-) -> PreemptionDecision:
-    """Choose the action for one victim.
+class Policy(Protocol):
+    """Chooses victims and actions."""
 
-    Args:
-        num_free_host_slots: Host slots (one KV block each) that can be taken now.
-        unsafe: Why a swap is not allowed here at all (a sentence for logs), or None.
+    @property
+    def ahead(self) -> bool:
+        """Whether victims are chosen before vLLM's own loop would take the last running request."""
+        ...
+
+    def choose(
+        self, candidates: Sequence[Candidate], pressure: Pressure, costs: CostSnapshot
+    ) -> list[PreemptionDecision]:
+        """Choose victims among the candidates (in the scheduler's order) until enough blocks are free.
+
+        A single candidate is chosen in any case: it is vLLM's own victim, and only its action is left to decide.
+        """
+        ...
+
+
+class FixedPolicy:
+    """The same action for everybody, on vLLM's victims."""
+
+    ahead = False
+
+    def __init__(self, action: Action) -> None:
+        self._action = action
+
+    def choose(
+        self, candidates: Sequence[Candidate], pressure: Pressure, costs: CostSnapshot
+    ) -> list[PreemptionDecision]:
+        """See `Policy`."""
+        decisions: list[PreemptionDecision] = []
+        while candidates and (not decisions or pressure.num_needed_blocks > 0):
+            *candidates, victim = candidates
+            action = self._act(victim)
+            why = no_swap(victim, pressure) if action is Action.SWAP else "the policy recomputes"
+            if why is not None:
+                action = Action.RECOMPUTE
+            decisions.append(_decision(victim, action, pressure, costs, why or "the policy swaps"))
+            pressure = _after(pressure, victim, action)
+        return decisions
+
+    def _act(self, victim: Candidate) -> Action:
+        return self._action
+
+
+class RandomPolicy(FixedPolicy):
+    """Either action by a hash of the request's name and its number of preemptions: for tests of exactness."""
+
+    def __init__(self) -> None:
+        super().__init__(Action.SWAP)
+
+    def _act(self, victim: Candidate) -> Action:
+        odd = zlib.crc32(f"{victim.request_id}/{victim.num_preemptions}".encode()) & 1
+        return Action.SWAP if odd else Action.RECOMPUTE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptivePolicy:
+    """The pairs of victim and action with the lowest price per useful block.
+
+    The oldest request of the least-served tenant is never a victim while there is another, so that somebody always ends;
+    a request that has given way `max_preemptions` times is one only when all have.
     """
 
-    def recompute(reason: str) -> PreemptionDecision:
-        return PreemptionDecision(victim.request_id, Action.RECOMPUTE, victim.num_blocks, reason)
+    ahead: bool = True
+    max_preemptions: int = 3
+    horizon_tokens: float = 32.0
+    """Output tokens still to come from which on a victim's blocks count fully."""
 
-    if unsafe is not None:
-        return recompute(unsafe)
-    if policy is PreemptionPolicy.RECOMPUTE:
-        return recompute("the policy recomputes")
-    if victim.num_computed_tokens == 0:
-        return recompute("nothing computed yet")
-    if victim.num_blocks > num_free_host_slots:
-        return recompute("the host pool has no room")
-    return PreemptionDecision(victim.request_id, Action.SWAP, victim.num_blocks, "the host pool has room")
+    def choose(
+        self, candidates: Sequence[Candidate], pressure: Pressure, costs: CostSnapshot
+    ) -> list[PreemptionDecision]:
+        """See `Policy`."""
+        table = CandidateTable(candidates, block_size=costs.block_size, horizon_tokens=self.horizon_tokens)
+        benefit = table.benefit.copy()
+        if len(candidates) > 1:
+            benefit[self.excluded(candidates)] = 0.0
+        decisions: list[PreemptionDecision] = []
+        while (benefit > 0.0).any() and pressure.num_needed_blocks > 0:
+            table_s = table.price(pressure, costs)
+            with np.errstate(divide="ignore"):
+                index = int(np.argmin(table_s.min(axis=1) / benefit))
+            victim, benefit[index] = candidates[index], 0.0
+            action = Action.SWAP if table_s[index, 1] < table_s[index, 0] else Action.RECOMPUTE
+            why = no_swap(victim, pressure) if action is Action.SWAP else None
+            if why is not None:
+                action = Action.RECOMPUTE
+            decisions.append(_decision(victim, action, pressure, costs, why or "lowest price per useful block"))
+            pressure = _after(pressure, victim, action)
+        if not decisions and len(candidates) == 1:
+            decisions = [_decision(candidates[0], Action.RECOMPUTE, pressure, costs, "frees no block")]
+        return decisions
+
+    def excluded(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Indices of those who may not be victims; never all of them."""
+        leader = min(range(len(candidates)), key=lambda i: (candidates[i].service, i))
+        tired = [i for i, c in enumerate(candidates) if c.num_preemptions >= self.max_preemptions]
+        if len({leader, *tired}) == len(candidates):
+            return [leader]
+        return sorted({leader, *tired})
+
+
+def policy_of(name: PreemptionPolicy) -> Policy:
+    """Return the policy of that name."""
+    if name is PreemptionPolicy.ADAPTIVE:
+        return AdaptivePolicy()
+    if name is PreemptionPolicy.RANDOM:
+        return RandomPolicy()
+    return FixedPolicy(Action(name.value))
+
+
+def no_swap(victim: Candidate, pressure: Pressure) -> str | None:
+    """Why a victim must not be swapped out, or None."""
+    if pressure.unsafe is not None:
+        return pressure.unsafe
+    if victim.num_tokens == 0:
+        return "nothing computed yet"
+    if not victim.can_load:
+        return "the request may not read loaded blocks"
+    if victim.num_blocks - victim.num_host_blocks > pressure.num_free_host_slots:
+        return "the host pool has no room"
+    return None
+
+
+def _decision(
+    victim: Candidate, action: Action, pressure: Pressure, costs: CostSnapshot, reason: str
+) -> PreemptionDecision:
+    return PreemptionDecision(
+        victim.request_id, action, victim.num_freed_blocks, prices(victim, pressure, costs), reason
+    )
+
+
+def _after(pressure: Pressure, victim: Candidate, action: Action) -> Pressure:
+    """The pressure that is left once the victim has given way."""
+    swapped = action is Action.SWAP
+    copied = max(0, victim.num_blocks - victim.num_host_blocks) if swapped else 0
+    return replace(
+        pressure,
+        num_needed_blocks=pressure.num_needed_blocks - victim.num_freed_blocks,
+        num_running=max(1, pressure.num_running - 1),
+        num_free_host_slots=pressure.num_free_host_slots - copied,
+        num_saved_host_blocks=pressure.num_saved_host_blocks + (victim.num_blocks if swapped else 0),
+    )

@@ -63,7 +63,7 @@ class AdaptiveLLMServer(LLMServer):
         Raises:
             ValueError: No such policy.
         """
-        return await self._channel.send(SetPolicy(preemption=parse_policy(preemption).value))
+        return await self._channel.send(SetPolicy(preemption=parse_policy(preemption)))
 
     async def check_health(self) -> None:
         """The engine's health, and that its reports are still read."""

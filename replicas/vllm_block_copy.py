@@ -50,6 +50,11 @@ class BlockCopier:
         for device, host in zip(self._device_rows, self._host_rows, strict=True):
             self._copy(host, slots, device, blocks)
 
+    def zero(self, slots: Sequence[int]) -> None:
+        """Overwrite host slots with zeros: they held another tenant's KV."""
+        for host in self._host_rows:
+            host[torch.tensor(slots)] = 0
+
     def _copy(self, source: torch.Tensor, rows: Sequence[int], target: torch.Tensor, to_rows: Sequence[int]) -> None:
         if self._on_cpu:
             target.index_copy_(0, torch.tensor(to_rows), source.index_select(0, torch.tensor(rows)))

@@ -4,6 +4,8 @@ Rules:
 - vLLM's `schedule()` is never copied. The seams are few: `_preempt_request` (what happens to a victim), `schedule` and
   `update_from_output` (channel and counters around vLLM's own work), `_free_blocks` (a request's last count),
   `reset_prefix_cache` (nothing survives it).
+- A policy that chooses victims does so ahead of vLLM's running loop, so that the loop finds room. In such a step nobody is
+  admitted, as in any step of vLLM's that preempts: a victim never comes back in the step in which it went.
 - Without a connector, a channel or a stamp, nothing differs from vLLM's own scheduler until memory runs out, and then
   only the fate of the victim's blocks does.
 
@@ -13,15 +15,27 @@ Source: vLLM 0.29 `v1/core/sched/scheduler.py` (`_preempt_request`, `_free_reque
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import takewhile
 from typing import Any
 
 from replicas.channel import EngineEnd
 from replicas.config import PreemptionPolicy, parse_policy
 from replicas.messages import EngineTotals
 from replicas.parent_watch import watch_parent
-from replicas.preemption import Action, PreemptionDecision, Victim, decide
-from replicas.vllm_internals import AsyncScheduler, Request, Scheduler, SchedulerOutput, SchedulingPolicy
+from replicas.preemption import Action, PreemptionDecision, policy_of
+from replicas.preemption_cost import Candidate, Pressure
+from replicas.vllm_costs import costs_of
+from replicas.vllm_internals import (
+    AsyncScheduler,
+    PauseState,
+    Request,
+    RequestStatus,
+    Scheduler,
+    SchedulerOutput,
+    SchedulingPolicy,
+)
+from replicas.vllm_memory import MemoryView
 from replicas.vllm_swap import SwapConnector
 
 TOTALS_INTERVAL_S = 0.1
@@ -35,8 +49,11 @@ class _AdaptiveMixin(Scheduler):
         super().__init__(*args, **kwargs)
         watch_parent()
         self._swap = self.connector if isinstance(self.connector, SwapConnector) else None
-        self._policy = self._swap.config.preemption if self._swap else PreemptionPolicy.RECOMPUTE
         self._unsafe = self._why_no_swap()
+        self._follow(self._swap.config.preemption if self._swap else PreemptionPolicy.RECOMPUTE)
+        self._costs = costs_of(self.vllm_config, self.kv_cache_config, self._swap.config if self._swap else None)
+        self._memory = MemoryView(self) if len(self.kv_cache_config.kv_cache_groups) == 1 else None
+        self._decided: dict[str, PreemptionDecision] = {}
         self._resetting = False
         if self._swap is not None:
             # vLLM holds freed blocks back while a step may still write them, because it expects connectors to fill them
@@ -53,11 +70,13 @@ class _AdaptiveMixin(Scheduler):
         self.last_decision: PreemptionDecision | None = None
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """vLLM's step, after what arrived on the channel."""
+        """vLLM's step, after what arrived on the channel and with room made where it was short."""
         if self._channel is not None:
             for message in self._channel.receive():
-                self._policy = parse_policy(message.preemption)
-        output = super().schedule(*args, **kwargs)
+                self._follow(parse_policy(message.preemption))
+        self._line_up_holders()
+        with self._nobody_admitted() if self._make_room() else nullcontext():
+            output = super().schedule(*args, **kwargs)
         self.num_steps += 1
         self.num_scheduled_tokens += output.total_num_scheduled_tokens
         if self._swap is not None and (plan := output.kv_connector_metadata.plan):
@@ -88,27 +107,89 @@ class _AdaptiveMixin(Scheduler):
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         """Decide the victim's fate while its blocks are still its own, then let vLLM preempt it."""
-        # Zeroed by vLLM below. Tokens of steps in flight count: their KV is written before any copy of it is made.
-        num_computed_tokens = request.num_computed_tokens
-        num_blocks = -(-num_computed_tokens // self.block_size)
-        victim = Victim(request.request_id, num_computed_tokens, num_blocks)
-        decision = decide(
-            victim,
-            self._policy,
-            num_free_host_slots=self._swap.planning.pool.num_free_slots if self._swap else 0,
-            unsafe="the cache is being reset" if self._resetting else self._unsafe,
-        )
+        decision = self._decided.pop(request.request_id, None)
+        if decision is None:
+            candidate = self._candidate(request)
+            (decision,) = self._policy.choose([candidate], self._pressure(num_needed_blocks=1), self._costs)
         if decision.action is Action.SWAP:
             assert self._swap is not None, "a swap was decided without a connector"
             (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
-            planned = self._swap.planning.swap_out(
-                request.request_id, num_tokens=num_computed_tokens, block_ids=block_ids
-            )
-            assert planned, "a swap was decided that the host pool has no room for"
+            # Zeroed by vLLM below. Tokens of steps in flight count: their KV is written before any copy of it is made.
+            self._swap.scheduling.swap_out(request, block_ids)
         if not self._resetting:
             self.num_preemptions[decision.action] += 1
             self.last_decision = decision
         super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def _make_room(self) -> bool:
+        """Preempt ahead of vLLM's running loop what it would otherwise have to; whether anybody was."""
+        if not self._policy.ahead or self._memory is None or self._unsafe is not None or len(self.running) < 2:
+            return False
+        missing = self._memory.num_missing_blocks()
+        if missing == 0:
+            return False
+        candidates = [self._candidate(request) for request in self.running]
+        decisions = self._policy.choose(candidates, self._pressure(num_needed_blocks=missing), self._costs)
+        self._decided = {decision.request_id: decision for decision in decisions}
+        now_s = time.monotonic()
+        for request in [request for request in self.running if request.request_id in self._decided]:
+            self.running.remove(request)
+            self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
+        assert not self._decided, "a decision was not carried out"
+        self._line_up_preempted()
+        return bool(decisions)
+
+    def _line_up_holders(self) -> None:
+        """Put those who hold blocks for a load before those who hold none.
+
+        vLLM scans until somebody does not fit; loaded requests behind that one would keep their blocks for ever while it
+        waits for them (vLLM #57841).
+        """
+        if len(self.skipped_waiting) > 1:
+            requests = list(self.skipped_waiting)
+            self.skipped_waiting.remove_requests(requests)
+            for request in sorted(requests, key=lambda one: one.status != RequestStatus.WAITING_FOR_REMOTE_KVS):
+                self.skipped_waiting.add_request(request)
+
+    def _line_up_preempted(self) -> None:
+        """Let those who gave way come back in the order of their arrival, as vLLM's own victims do."""
+        victims = list(takewhile(lambda request: request.status == RequestStatus.PREEMPTED, self.waiting))
+        for _ in victims:
+            self.waiting.pop_request()
+        for request in sorted(victims, key=lambda request: request.arrival_time, reverse=True):
+            self.waiting.prepend_request(request)
+
+    @contextmanager
+    def _nobody_admitted(self) -> Iterator[None]:
+        """What vLLM's `schedule` does by itself after it has preempted."""
+        state = self.pause_state
+        self._pause_state = max(state, PauseState.PAUSED_NEW)  # the setter would log it
+        try:
+            yield
+        finally:
+            self._pause_state = state
+
+    def _candidate(self, request: Request) -> Candidate:
+        if self._memory is None:
+            tokens = request.num_computed_tokens
+            return Candidate(request_id=request.request_id, num_tokens=tokens, num_blocks=0, num_freed_blocks=0)
+        return self._memory.candidate(request, num_host_blocks=0)
+
+    def _pressure(self, *, num_needed_blocks: int) -> Pressure:
+        pool = self._swap.planning.pool if self._swap else None
+        return Pressure(
+            num_needed_blocks=num_needed_blocks,
+            num_pool_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks,
+            num_running=max(1, len(self.running)),
+            num_batch_tokens=len(self.running),
+            num_free_host_slots=pool.num_free_slots if pool else 0,
+            num_saved_host_blocks=pool.num_used_slots if pool else 0,
+            out_queue_s=self._swap.scheduling.out_queue_s(time.monotonic()) if self._swap else 0.0,
+            unsafe="the cache is being reset" if self._resetting else self._unsafe,
+        )
+
+    def _follow(self, policy: PreemptionPolicy) -> None:
+        self.policy_name, self._policy = policy, policy_of(policy)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """vLLM's reset. KV from before it is invalid: nothing is swapped in its course and no host copy survives."""
@@ -149,7 +230,7 @@ class _AdaptiveMixin(Scheduler):
         return EngineTotals(
             epoch=self._epoch,
             sequence=self._sequence,
-            preemption=self._policy.value,
+            preemption=self.policy_name.value,
             num_running=len(self.running),
             num_waiting=len(self.waiting) + len(self.skipped_waiting),
             num_kv_blocks=block_pool.num_gpu_blocks,

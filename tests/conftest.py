@@ -3,8 +3,12 @@
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.engine_runs import Base
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine, scheduler and worker in the test's own process
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,3 +42,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llama")
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tiny_model: Path) -> "Base":
+    """What every job of the engine tests delivers when nothing is ever preempted."""
+    from tests.engine_runs import base_run
+
+    return base_run(tiny_model)

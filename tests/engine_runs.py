@@ -7,7 +7,7 @@ inside the functions: collecting the tests stays fast.
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +127,13 @@ def write_weights(model: Path) -> None:
 
 @contextmanager
 def engine(
-    model: Path, policy: str, *, num_blocks: int = AMPLE_BLOCKS, host_bytes: int = AMPLE_HOST_BYTES, **changes: Any
+    model: Path,
+    policy: str,
+    *,
+    num_blocks: int = AMPLE_BLOCKS,
+    host_bytes: int = AMPLE_HOST_BYTES,
+    swap: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> Iterator[Any]:
     """One `vllm.LLM` of a random model whose weights are the same every time (`write_weights`).
 
@@ -135,6 +141,7 @@ def engine(
         policy: "stock" for vLLM's own scheduler without a connector, else a policy of ours.
         num_blocks: KV blocks of the engine.
         host_bytes: Size of the host pool.
+        swap: Further settings of the connector.
         changes: Other engine arguments.
     """
     from vllm import LLM
@@ -161,7 +168,8 @@ def engine(
             "kv_connector": "SwapConnector",
             "kv_role": "kv_both",
             "kv_connector_module_path": "replicas.vllm_swap",
-            "kv_connector_extra_config": {"preemption": policy, "host_pool_bytes": host_bytes},
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"preemption": policy, "host_pool_bytes": host_bytes, **(swap or {})},
         }
     llm = LLM(**arguments | changes)
     try:
@@ -290,3 +298,30 @@ class Stepper:
     def abort(self, indices: Sequence[int]) -> None:
         """Abort jobs, as a server does for clients that went away."""
         self.llm.llm_engine.abort_request([str(index) for index in indices])
+
+
+JOBS = mixed_jobs(210, shared_prefix=64)
+GREEDY = [job for job in JOBS if job.temperature == 0]
+
+PRESSURE = {"num_blocks": 24, "max_num_batched_tokens": 512, "enable_chunked_prefill": False}
+"""Memory for about a fifth of what would run at once. Prefills stay in one piece: where vLLM on CPU must split that of a
+request with a seed, its random generator has no offset to go back to, and the engine ends (with its own scheduler too)."""
+
+CHUNKED = {"num_blocks": 24, "max_num_batched_tokens": 64}
+"""The same memory, and prefills in pieces of at most 64 tokens; for greedy jobs."""
+
+Base = dict[Job, tuple[int, ...]]
+"""Output tokens of every job in ample memory."""
+
+
+def base_run(model: Path) -> Base:
+    """Run all jobs on vLLM's own scheduler with memory for everything."""
+    run = run_engine(model, "stock", JOBS, **PRESSURE | {"num_blocks": AMPLE_BLOCKS})
+    assert [len(tokens) for tokens in run.tokens] == [job.max_tokens for job in JOBS]
+    assert len(set(run.tokens)) == len(JOBS)  # outputs that could be mistaken for one another would show nothing
+    return dict(zip(JOBS, run.tokens, strict=True))
+
+
+def differing(jobs: list[Job], tokens: list[tuple[int, ...]], base: Base) -> list[int]:
+    """Indices of the jobs whose tokens are not the base's."""
+    return [index for index, (job, ids) in enumerate(zip(jobs, tokens, strict=True)) if ids != base[job]]

@@ -175,14 +175,43 @@ ATTRIBUTES = [
     (
         SCHEDULER,
         "connector kv_cache_config num_spec_tokens policy use_v2_model_runner defer_block_free block_size requests "
-        "running waiting skipped_waiting kv_cache_manager",
+        "running waiting skipped_waiting kv_cache_manager requires_kv_delivery _pause_state vllm_config",
         "replicas/vllm_scheduler.py",
     ),
     (
+        SCHEDULER,
+        "max_num_scheduled_tokens max_num_running_reqs num_lookahead_tokens scheduler_config max_model_len",
+        "replicas/vllm_memory.py",
+    ),
+    ("vllm.v1.core.sched.interface:PauseState", "UNPAUSED PAUSED_NEW", "replicas/vllm_scheduler.py (_nobody_admitted)"),
+    (
         "vllm.v1.request:Request",
-        "request_id num_computed_tokens num_tokens skip_reading_prefix_cache",
+        "request_id num_computed_tokens num_tokens num_output_tokens skip_reading_prefix_cache arrival_time status",
         "replicas/vllm_scheduler.py and replicas/vllm_swap.py",
     ),
+    (
+        "vllm.v1.request:Request",
+        "num_tokens_with_spec num_output_placeholders max_tokens num_preemptions sampling_params",
+        "replicas/vllm_memory.py",
+    ),
+    ("vllm:SamplingParams", "extra_args", "replicas/vllm_memory.py (tenant_of)"),
+    ("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator", "replicas/vllm_memory.py"),
+    ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", "single_type_managers", "replicas/vllm_memory.py"),
+    ("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", "req_to_blocks", "replicas/vllm_memory.py"),
+    ("vllm.v1.core.kv_cache_utils:KVCacheBlock", "ref_cnt", "replicas/vllm_memory.py"),
+    ("vllm.config:SchedulerConfig", "long_prefill_token_threshold", "replicas/vllm_memory.py"),
+    ("vllm.config:ModelConfig", "hf_text_config served_model_name dtype", "replicas/vllm_costs.py"),
+    (
+        "vllm.config:VllmConfig",
+        "model_config cache_config parallel_config device_config",
+        "replicas/vllm_costs.py and replicas/serve_engine.py",
+    ),
+    (
+        "vllm.config:ModelConfig",
+        "is_multimodal_model is_hybrid has_inner_state get_sliding_window is_encoder_decoder",
+        "replicas/serve_engine.py (check_model)",
+    ),
+    ("vllm.v1.outputs:KVConnectorOutput", "finished_recving invalid_block_ids", "replicas/vllm_swap.py"),
     (
         "vllm.v1.core.sched.output:SchedulerOutput",
         "total_num_scheduled_tokens kv_connector_metadata has_sync_kv_loads",
@@ -197,8 +226,6 @@ ATTRIBUTES = [
         "replicas/vllm_swap.py and replicas/vllm_block_copy.py",
     ),
     ("vllm.v1.kv_cache_interface:KVCacheTensor", "size", "replicas/vllm_block_copy.py (bytes_per_block)"),
-    ("vllm.v1.engine:EngineCoreOutputs", "outputs", "replicas/vllm_scheduler.py (update_from_output)"),
-    ("vllm.v1.engine:EngineCoreOutput", "new_token_ids", "replicas/vllm_scheduler.py (update_from_output)"),
     (
         "vllm.config:KVTransferConfig",
         "kv_connector kv_role kv_connector_module_path kv_connector_extra_config kv_load_failure_policy",
@@ -250,6 +277,35 @@ def test_requests_are_preempted_in_two_places_only_scheduling_and_resetting_the_
     ]
     assert sorted(callers) == ["reset_prefix_cache", "schedule"], moved(
         f"_preempt_request is called by {callers}", "replicas/vllm_scheduler.py: is a swap safe there?"
+    )
+
+
+def test_a_pause_for_new_requests_leaves_the_running_ones_alone_within_a_step() -> None:
+    assert_in_order(
+        f"{SCHEDULER}.schedule",
+        [
+            "if self._pause_state == PauseState.PAUSED_ALL:",
+            "if not preempted_reqs and self._pause_state == PauseState.UNPAUSED:",
+        ],
+        "replicas/vllm_scheduler.py (_nobody_admitted)",
+    )
+    assert source(f"{SCHEDULER}.schedule").count("_pause_state") == 2, moved(
+        "schedule() asks for its pause state elsewhere", "replicas/vllm_scheduler.py (_nobody_admitted)"
+    )
+
+
+def test_the_running_loop_asks_for_the_tokens_that_ours_counts() -> None:
+    assert_in_order(
+        f"{SCHEDULER}.schedule",
+        [
+            "request.num_tokens_with_spec",
+            "+ request.num_output_placeholders",
+            "- request.num_computed_tokens",
+            "self.scheduler_config.long_prefill_token_threshold",
+            "self.kv_cache_manager.allocate_slots(",
+            "num_lookahead_tokens=self.num_lookahead_tokens",
+        ],
+        "replicas/vllm_memory.py (num_missing_blocks)",
     )
 
 

@@ -11,44 +11,29 @@ from typing import Any
 import pytest
 
 from tests.engine_runs import (
-    AMPLE_BLOCKS,
     AMPLE_HOST_BYTES,
     BLOCK_SIZE,
+    CHUNKED,
+    GREEDY,
+    JOBS,
+    PRESSURE,
+    Base,
     Job,
     Stepper,
     assert_nothing_left,
     counters_of,
+    differing,
     engine,
-    mixed_jobs,
     run_engine,
     scheduler_of,
 )
 
 pytestmark = pytest.mark.engine
 
-JOBS = mixed_jobs(210, shared_prefix=64)
 FEW = JOBS[:60]
-GREEDY = [job for job in JOBS if job.temperature == 0]
-
-PRESSURE = {"num_blocks": 24, "max_num_batched_tokens": 512, "enable_chunked_prefill": False}
-"""Memory for about a fifth of what would run at once. Prefills stay in one piece: where vLLM on CPU must split that of a
-request with a seed, its random generator has no offset to go back to, and the engine ends (with its own scheduler too)."""
-
-CHUNKED = {"num_blocks": 24, "max_num_batched_tokens": 64}
-"""The same memory, and prefills in pieces of at most 64 tokens; for greedy jobs."""
 
 BLOCK_BYTES = 4 * 2 * BLOCK_SIZE * 2 * 32 * 4
 """Layers, K and V, tokens, heads, head size, bytes: one KV block of the tiny model."""
-
-Base = dict[Job, tuple[int, ...]]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model: Path) -> Base:
-    run = run_engine(tiny_model, "stock", JOBS, **PRESSURE | {"num_blocks": AMPLE_BLOCKS})
-    assert [len(tokens) for tokens in run.tokens] == [job.max_tokens for job in JOBS]
-    assert len(set(run.tokens)) == len(JOBS)  # outputs that could be mistaken for one another would show nothing
-    return dict(zip(JOBS, run.tokens, strict=True))
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix cache on", "prefix cache off"])
@@ -72,7 +57,7 @@ def test_every_token_is_the_same_when_all_victims_are_swapped(
 def test_the_tokens_would_show_it_if_blocks_did_not_come_back(tiny_model: Path, base: Base) -> None:
     """Of the method itself: the same run with the copies in left out must not pass for the base's."""
     with engine(tiny_model, "swap", enable_prefix_caching=False, **PRESSURE) as llm:
-        worker_connector()._copier.copy_in = lambda slots, blocks: None
+        worker_connector()._worker._copier.copy_in = lambda slots, blocks: None
         stepper = Stepper(llm, FEW)
         preempted: set[int] = set()
         while stepper.busy:
@@ -282,11 +267,6 @@ def trace(model: Path, policy: str, **changes: Any) -> list[tuple[list[tuple[int
         scheduler.schedule = watched_schedule
         stepper.finish()
         return steps
-
-
-def differing(jobs: list[Job], tokens: list[tuple[int, ...]], base: Base) -> list[int]:
-    """Indices of the jobs whose tokens are not the base's."""
-    return [index for index, (job, ids) in enumerate(zip(jobs, tokens, strict=True)) if ids != base[job]]
 
 
 def differing_finished(stepper: Stepper, base: Base) -> list[int]:

@@ -47,7 +47,7 @@ def test_a_negative_size_is_refused_with_the_mend() -> None:
 
 @pytest.mark.parametrize("name", ["stock", "SWAP", "", None, 1, ["swap"], {}])
 def test_an_unknown_policy_is_answered_with_the_known_ones(name: object) -> None:
-    with pytest.raises(ValueError, match=r"preemption must be one of \['recompute', 'swap'\]"):
+    with pytest.raises(ValueError, match=r"preemption must be one of \['recompute', 'swap', 'adaptive'\]"):
         parse_policy(name)
     with pytest.raises(ValueError, match="preemption must be one of"):
         SwapConfig.from_mapping({"preemption": name})
@@ -72,3 +72,19 @@ def test_junk_settings_give_a_config_or_a_value_error_and_nothing_else(mapping: 
         config = SwapConfig.from_mapping(mapping)
     assert config.host_pool_bytes >= 0
     assert config.preemption in PreemptionPolicy
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_tenant_fraction", 0),
+        ("max_tenant_fraction", 1.1),
+        ("throttled_link_bytes_per_s", 0),
+        ("throttled_link_bytes_per_s", float("inf")),
+        ("throttled_link_latency_s", -1),
+        ("throttled_link_latency_s", float("nan")),
+    ],
+)
+def test_a_setting_of_pool_or_link_out_of_range_is_named(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{key} must be"):
+        SwapConfig.from_mapping({key: value})

@@ -1,59 +1,186 @@
-"""Goal: the fate of a victim follows from policy, safety and room alone, and comes with its reason.
+"""Goal: every policy chooses whom and what its name says, explains it, and never asks for what cannot be done.
 
-Method: sentences for every branch, and a property over all inputs.
+Method: the same cases over every policy, then each policy's own choices in hand-made pressures with hand-made costs.
 """
 
-from hypothesis import given
-from hypothesis import strategies as st
+import random
+from dataclasses import replace
+from typing import Any
 
+import pytest
+
+from cost_service.snapshot import CostSnapshot
 from replicas.config import PreemptionPolicy
-from replicas.preemption import Action, PreemptionDecision, Victim, decide
+from replicas.preemption import Action, AdaptivePolicy, FixedPolicy, PreemptionDecision, RandomPolicy, policy_of
+from replicas.preemption_cost import Candidate, Pressure, prices
 
-VICTIM = Victim("r", num_computed_tokens=70, num_blocks=3)
-
-
-def test_a_victim_that_fits_is_swapped() -> None:
-    decision = decide(VICTIM, PreemptionPolicy.SWAP, num_free_host_slots=10)
-    assert decision == PreemptionDecision("r", Action.SWAP, 3, "the host pool has room")
-
-
-def test_a_victim_that_fits_exactly_is_swapped() -> None:
-    assert decide(VICTIM, PreemptionPolicy.SWAP, num_free_host_slots=3).action is Action.SWAP
+POLICIES = list(PreemptionPolicy)
+# A token costs 1 ms to compute, a block of 16 tokens 4 ms to copy out and in, a swap 20 ms on top: they meet at 27 tokens.
+COSTS = CostSnapshot(
+    version=1, model="m", hardware="h", parallelism=1, block_size=16, ridge_tokens=0.0, token_s=1e-3, attention_s=0.0,
+    swap_fixed_s=10e-3, out_block_s=2e-3, in_block_s=2e-3,
+)  # fmt: skip
 
 
-def test_a_victim_one_block_too_large_recomputes() -> None:
-    decision = decide(VICTIM, PreemptionPolicy.SWAP, num_free_host_slots=2)
-    assert decision == PreemptionDecision("r", Action.RECOMPUTE, 3, "the host pool has no room")
+def candidate(name: str, tokens: int, **changes: Any) -> Candidate:
+    blocks = -(-tokens // 16)
+    values = {"request_id": name, "num_tokens": tokens, "num_blocks": blocks, "num_freed_blocks": blocks}
+    return Candidate(**values | changes)
 
 
-def test_the_recompute_policy_recomputes_whatever_room_there_is() -> None:
-    decision = decide(VICTIM, PreemptionPolicy.RECOMPUTE, num_free_host_slots=1000)
-    assert (decision.action, decision.reason) == (Action.RECOMPUTE, "the policy recomputes")
+def pressure(**changes: Any) -> Pressure:
+    values = {
+        "num_needed_blocks": 1, "num_pool_blocks": 100, "num_running": 4, "num_batch_tokens": 4,
+        "num_free_host_slots": 1000,
+    }  # fmt: skip
+    return Pressure(**values | changes)
 
 
-def test_a_victim_without_computed_tokens_has_nothing_to_swap() -> None:
-    decision = decide(Victim("r", 0, 0), PreemptionPolicy.SWAP, num_free_host_slots=10)
-    assert (decision.action, decision.reason) == (Action.RECOMPUTE, "nothing computed yet")
+def chosen(decisions: list[PreemptionDecision]) -> list[tuple[str, str]]:
+    return [(decision.request_id, decision.action.value) for decision in decisions]
 
 
-def test_an_unsafe_engine_never_swaps_and_its_reason_is_the_one_given() -> None:
-    decision = decide(VICTIM, PreemptionPolicy.SWAP, num_free_host_slots=10, unsafe="speculative decoding")
-    assert (decision.action, decision.reason) == (Action.RECOMPUTE, "speculative decoding")
+# What holds for every policy
 
 
-@given(
-    tokens=st.integers(0, 300),
-    block_size=st.sampled_from([1, 16, 32]),
-    policy=st.sampled_from(PreemptionPolicy),
-    free=st.integers(0, 30),
-    unsafe=st.none() | st.text(min_size=1),
+@pytest.mark.parametrize("name", POLICIES)
+def test_vllms_own_victim_is_always_decided_on(name: PreemptionPolicy) -> None:
+    for victim in (candidate("a", 200), candidate("a", 0), candidate("a", 5), candidate("a", 40, num_freed_blocks=0)):
+        (decision,) = policy_of(name).choose([victim], pressure(), COSTS)
+        assert decision.request_id == "a"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("victim", "around", "why"),
+    [
+        (candidate("a", 160), {"unsafe": "several KV cache groups"}, "several KV cache groups"),
+        (candidate("a", 160), {"num_free_host_slots": 9}, "the host pool has no room"),
+        (candidate("a", 0), {}, "nothing computed yet"),
+        (candidate("a", 160, can_load=False), {}, "the request may not read loaded blocks"),
+    ],
 )
-def test_a_swap_is_decided_exactly_where_it_is_wanted_safe_and_possible(
-    tokens: int, block_size: int, policy: PreemptionPolicy, free: int, unsafe: str | None
+def test_what_cannot_be_swapped_is_recomputed(
+    name: PreemptionPolicy, victim: Candidate, around: dict[str, Any], why: str
 ) -> None:
-    victim = Victim("r", tokens, -(-tokens // block_size))
-    decision = decide(victim, policy, num_free_host_slots=free, unsafe=unsafe)
-    wanted = policy is PreemptionPolicy.SWAP and unsafe is None and 0 < victim.num_blocks <= free
-    assert (decision.action is Action.SWAP) == wanted
-    assert (decision.request_id, decision.num_blocks) == ("r", victim.num_blocks)
-    assert decision.reason
+    (decision,) = policy_of(name).choose([victim], pressure(**around), COSTS)
+    assert decision.action is Action.RECOMPUTE
+    if name is PreemptionPolicy.SWAP:
+        assert decision.reason == why
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_decisions_are_explained_possible_and_enough(name: PreemptionPolicy) -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        candidates = [
+            candidate(str(index), rng.randint(1, 400), num_preemptions=rng.randint(0, 5), service=rng.random())
+            for index in range(rng.randint(1, 12))
+        ]
+        around = pressure(num_needed_blocks=rng.randint(1, 60), num_free_host_slots=rng.randint(0, 60))
+        decisions = policy_of(name).choose(candidates, around, COSTS)
+        by_id = {one.request_id: one for one in candidates}
+        victims = [by_id[decision.request_id] for decision in decisions]
+        assert len({victim.request_id for victim in victims}) == len(victims) >= 1
+        free_slots, freed = around.num_free_host_slots, 0
+        for victim, decision in zip(victims, decisions, strict=True):
+            assert freed < around.num_needed_blocks, "somebody gave way for nothing"
+            freed += victim.num_freed_blocks
+            assert decision.num_blocks == victim.num_freed_blocks
+            assert decision.reason
+            assert decision.prices.recompute_s > 0
+            if decision.action is Action.SWAP:
+                free_slots -= victim.num_blocks
+        assert free_slots >= 0
+        left = [one for one in candidates if one not in victims]
+        assert freed >= around.num_needed_blocks or len(left) <= 1 or name is PreemptionPolicy.ADAPTIVE
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_same_case_gives_the_same_decisions(name: PreemptionPolicy) -> None:
+    candidates = [candidate(str(index), 30 * index + 10) for index in range(8)]
+    first, again = (policy_of(name).choose(candidates, pressure(num_needed_blocks=9), COSTS) for _ in range(2))
+    assert first == again
+
+
+# Fixed policies
+
+
+@pytest.mark.parametrize("action", Action)
+def test_a_fixed_policy_takes_vllms_victims_from_the_last_one_on(action: Action) -> None:
+    running = [candidate("a", 320), candidate("b", 32), candidate("c", 64)]
+    decisions = FixedPolicy(action).choose(running, pressure(num_needed_blocks=5), COSTS)
+    assert chosen(decisions) == [("c", action.value), ("b", action.value)]
+
+
+def test_a_swapping_policy_recomputes_those_for_whom_no_room_is_left() -> None:
+    running = [candidate("a", 64), candidate("b", 64), candidate("c", 160)]
+    decisions = FixedPolicy(Action.SWAP).choose(running, pressure(num_needed_blocks=18, num_free_host_slots=12), COSTS)
+    assert chosen(decisions) == [("c", "swap"), ("b", "recompute"), ("a", "recompute")]
+
+
+def test_the_random_policy_takes_both_actions_about_equally() -> None:
+    actions = [RandomPolicy().choose([candidate(str(i), 99)], pressure(), COSTS)[0].action for i in range(400)]
+    assert 150 < actions.count(Action.SWAP) < 250
+
+
+# The adaptive policy
+
+
+def test_short_requests_are_recomputed_and_long_ones_swapped() -> None:
+    for tokens, action in ((16, "recompute"), (26, "recompute"), (32, "swap"), (400, "swap")):
+        assert chosen(AdaptivePolicy().choose([candidate("a", tokens)], pressure(), COSTS)) == [("a", action)]
+
+
+def test_the_victim_costs_least_per_block() -> None:
+    dear = replace(COSTS, attention_s=1e-5)  # recomputing long contexts is out of proportion
+    running = [candidate("leader", 16), candidate("long", 1600), candidate("short", 320)]
+    recompute_only = pressure(unsafe="no connector")
+    assert chosen(AdaptivePolicy().choose(running, recompute_only, dear)) == [("short", "recompute")]
+    assert chosen(AdaptivePolicy().choose(running, pressure(), dear)) == [("long", "swap")]  # overhead per block
+
+
+def test_a_request_that_shares_its_blocks_frees_too_few_to_be_worth_it() -> None:
+    running = [candidate("leader", 16), candidate("shared", 320, num_freed_blocks=2), candidate("own", 320)]
+    assert chosen(AdaptivePolicy().choose(running, pressure(), COSTS)) == [("own", "swap")]
+
+
+def test_a_request_that_is_about_to_end_is_spared() -> None:
+    running = [candidate("leader", 16), candidate("ending", 320, num_remaining_tokens=2), candidate("other", 304)]
+    assert chosen(AdaptivePolicy().choose(running, pressure(), COSTS)) == [("other", "swap")]
+
+
+def test_the_oldest_request_of_the_least_served_tenant_never_gives_way() -> None:
+    running = [
+        candidate("a1", 160, tenant="a", service=9.0),
+        candidate("b1", 160, tenant="b", service=2.0),
+        candidate("b2", 160, tenant="b", service=2.0),
+    ]
+    decisions = AdaptivePolicy().choose(running, pressure(num_needed_blocks=1000), COSTS)
+    assert sorted(decision.request_id for decision in decisions) == ["a1", "b2"]
+
+
+def test_who_has_given_way_often_enough_is_spared_while_others_are_there() -> None:
+    running = [candidate("leader", 16), candidate("tired", 320, num_preemptions=3), candidate("fresh", 48)]
+    assert chosen(AdaptivePolicy().choose(running, pressure(num_needed_blocks=20), COSTS)) == [("fresh", "swap")]
+    only_tired = [candidate("leader", 16), candidate("tired", 320, num_preemptions=3)]
+    assert chosen(AdaptivePolicy().choose(only_tired, pressure(), COSTS)) == [("tired", "swap")]
+
+
+def test_a_slow_link_turns_the_choice_and_a_backlog_on_it_too() -> None:
+    victim = [candidate("a", 320)]
+    assert chosen(AdaptivePolicy().choose(victim, pressure(), COSTS)) == [("a", "swap")]
+    slow = replace(COSTS, link_block_s=50e-3)
+    assert chosen(AdaptivePolicy().choose(victim, pressure(), slow)) == [("a", "recompute")]
+    fair = replace(COSTS, link_block_s=5e-3)
+    assert chosen(AdaptivePolicy().choose(victim, pressure(), fair)) == [("a", "swap")]
+    backlog = pressure(num_saved_host_blocks=500)
+    assert chosen(AdaptivePolicy().choose(victim, backlog, fair)) == [("a", "recompute")]
+
+
+def test_the_prices_of_a_decision_are_those_of_its_victim_at_that_moment() -> None:
+    running = [candidate("leader", 16), candidate("b", 320), candidate("c", 336)]
+    fair = replace(COSTS, link_block_s=1e-3)
+    first, second = AdaptivePolicy().choose(running, pressure(num_needed_blocks=30), fair)
+    assert first.prices == prices(running[2], pressure(num_needed_blocks=30), fair)
+    assert second.prices.terms_s["swap_wait"] > prices(running[1], pressure(), fair).terms_s["swap_wait"]

@@ -1,0 +1,169 @@
+"""`python -m cluster bench-link`: preemption policies over simulated host links from far too slow to very fast.
+
+On CPU a copy to host memory costs next to nothing, so swapping would always win; the throttled link of the connector makes
+the trade-off of a GPU visible. Speeds are given as multiples of the measured break-even: KV bytes per token / seconds to
+recompute a token. All figures are of a SIMULATED link around a real engine, and the report says so.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cluster import bench, models
+from cluster.bench_engine import STOCK, Arm
+from cluster.bench_figures import Calibration, Figures, figures, ratios_of
+from cluster.workload import RunResult
+from cost_service.analytic import HARDWARE, ModelShape, analytic_snapshot
+from cost_service.snapshot import CostSnapshot
+
+FIXED = ("recompute", "swap")
+ADAPTIVE = "adaptive"
+ARMS = (STOCK, *FIXED, ADAPTIVE)
+SPEEDS = "0.1,0.3,1,3,10,100"
+FIGURES = ("throughput_tokens_per_s", "weighted_turnaround_mean")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    bench.add_arguments(parser)
+    parser.set_defaults(policy=",".join(ARMS))
+    parser.add_argument("--speeds", default=SPEEDS, help=f"multiples of the break-even (default: {SPEEDS})")
+    parser.add_argument("--costs-wrong-by", type=float, default=1.0, help="factor on the recompute costs it is told")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure; exit statuses as `python -m cluster bench`."""
+    return bench.run_command(options, lambda scratch, say: sweep(options, scratch, say), table)
+
+
+def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[str, Any]:
+    """Measure every speed; return the report.
+
+    Raises:
+        ValueError: An option is wrong.
+        RuntimeError: An engine failed.
+    """
+    speeds = parse_speeds(options.speeds)
+    plan = bench.plan_of(options, scratch)
+    with Arm(plan.engine, scratch / "alone.log") as alone:
+        say("Calibrating on an idle stock engine ...")
+        calibration, check = bench.calibrate(plan, alone)
+        demand = statistics.median(bench.run_ample(plan, alone, workload).peak_kv_blocks for workload in plan.workloads)
+    num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
+    config = models.read_config(Path(plan.engine.model))
+    kv_bytes = kv_bytes_per_token(config, 4 if plan.engine.dtype == "float32" else 2)
+    break_even = kv_bytes / calibration.ttft_s_per_prompt_token
+    say(f"  {kv_bytes} bytes of KV and {calibration.ttft_s_per_prompt_token * 1e6:.1f} us per token: break-even at "
+        f"{break_even / 1e6:.1f} MB/s; {num_blocks} of {demand:.0f} blocks")  # fmt: skip
+    results: dict[str, Any] = {}
+    for speed in speeds:
+        say(f"Link at {speed:g} times the break-even")
+        link = speed * break_even
+        costs = snapshot(config, calibration, kv_bytes * plan.engine.block_size, plan.engine.block_size)
+        costs = replace(costs, token_s=costs.token_s * options.costs_wrong_by)
+        swap = {"throttled_link_bytes_per_s": link, "cost_snapshot": costs.to_json()}
+        arms = replace(plan, engine=replace(plan.engine, swap=swap))
+        folder = scratch / f"{speed:g}"
+        folder.mkdir()
+        runs = bench.run_arms(arms, folder, num_blocks, say)
+        results[f"{speed:g}"] = {"link_bytes_per_s": link, **compare(runs, calibration)}
+    return {
+        "benchmark": "link",
+        "link": "SIMULATED: a throttle around real copies and a real engine",
+        "machine": bench.machine_facts(),
+        "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks,
+                                        "costs_wrong_by": options.costs_wrong_by},
+        "calibration": asdict(calibration) | {"check": check},
+        "break_even_bytes_per_s": break_even,
+        "speeds": results,
+    }  # fmt: skip
+
+
+def parse_speeds(text: str) -> list[float]:
+    """Read `--speeds`.
+
+    Raises:
+        ValueError: Not numbers above 0.
+    """
+    try:
+        speeds = [float(part) for part in text.split(",")]
+    except ValueError:
+        speeds = []
+    if not speeds or not all(0 < speed < math.inf for speed in speeds):
+        raise ValueError("--speeds must be numbers above 0, such as 0.1,1,10.")
+    return speeds
+
+
+def kv_bytes_per_token(config: dict[str, Any], item_bytes: int) -> int:
+    """KV bytes of one token over all layers, for grouped-query attention."""
+    heads = int(config["num_attention_heads"])
+    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    return 2 * int(config["num_hidden_layers"]) * kv_heads * head_size * item_bytes
+
+
+def snapshot(config: dict[str, Any], calibration: Calibration, block_bytes: int, block_size: int) -> CostSnapshot:
+    """The analytic costs with the measured time per token."""
+    analytic = analytic_snapshot(
+        ModelShape.from_config(config), HARDWARE["cpu"], model="", parallelism=1, block_size=block_size,
+        block_bytes=block_bytes,
+    )  # fmt: skip
+    return replace(analytic, version=1, ridge_tokens=0.0, token_s=calibration.ttft_s_per_prompt_token, attention_s=0.0)
+
+
+def compare(runs: dict[str, list[RunResult]], calibration: Calibration) -> dict[str, Any]:
+    """Figures of every arm, and each ratio to the best fixed policy (the one with the better median)."""
+    by_arm = {
+        policy: [figures(result.records, calibration, run_end_s=result.run_end_s) for result in results]
+        for policy, results in runs.items()
+    }
+    report: dict[str, Any] = {"arms": {policy: medians(repeats) for policy, repeats in by_arm.items()}, "ratios": {}}
+    fixed = [policy for policy in FIXED if policy in by_arm]
+    for name in FIGURES:
+        better = max if name == "throughput_tokens_per_s" else min
+        pairs = {policy: (policy,) for policy in fixed if ADAPTIVE in by_arm}
+        if pairs:
+            best = better(fixed, key=lambda policy: report["arms"][policy][name])
+            pairs["best_fixed"] = (best,)
+        if STOCK in by_arm and ADAPTIVE in by_arm:
+            pairs[STOCK] = (STOCK,)
+        report["ratios"][name] = {
+            f"adaptive/{label}": ratios_of(column(by_arm[ADAPTIVE], name), column(by_arm[base], name))
+            for label, (base,) in pairs.items()
+        }
+        if set(FIXED) <= set(by_arm):
+            report["ratios"][name]["swap/recompute"] = ratios_of(
+                column(by_arm["swap"], name), column(by_arm["recompute"], name)
+            )
+    return report
+
+
+def medians(repeats: Sequence[Figures]) -> dict[str, float]:
+    """Medians over the repeats of what the table shows."""
+    names = (*FIGURES, "preemptions", "swaps", "recomputes", "unfinished")
+    return {name: statistics.median(column(repeats, name)) for name in names}
+
+
+def column(repeats: Sequence[Figures], name: str) -> list[float]:
+    """One figure of every repeat."""
+    return [float(getattr(one, name)) for one in repeats]
+
+
+def table(report: dict[str, Any]) -> str:
+    """Render the report for a terminal."""
+    lines = [f"Link {report['link']}; break-even {report['break_even_bytes_per_s'] / 1e6:.1f} MB/s"]
+    lines.append(f"{'speed':>6} {'arm':<10}{'tokens/s':>10}{'wta':>9}{'preempt':>9}{'swaps':>8}")
+    for speed, result in report["speeds"].items():
+        for arm, one in result["arms"].items():
+            lines.append(
+                f"{speed:>6} {arm:<10}{one['throughput_tokens_per_s']:>10.0f}{one['weighted_turnaround_mean']:>9.2f}"
+                f"{one['preemptions']:>9.0f}{one['swaps']:>8.0f}"
+            )
+        for name, ratios in result["ratios"].items():
+            for label, ratio in ratios.items():
+                span = "" if ratio["low"] is None else f" ({ratio['low']:.3f} to {ratio['high']:.3f})"
+                lines.append(f"{speed:>6} {name} {label}: {ratio['median']:.3f}{span}")
+    return "\n".join(lines)

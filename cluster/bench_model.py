@@ -1,0 +1,71 @@
+"""The model of a benchmark: the folder that was named, or a tiny one that is made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster import models
+from cluster.config import default_home
+
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def model_folder(source: str | None, tiny: Path, *, vocab: int, longest: int) -> Path:
+    """Return the folder of the model to run; the tiny one is written for no source.
+
+    Raises:
+        ValueError: It is no folder with a model, or the requests do not fit it.
+    """
+    if source is None:
+        write_tiny_model(tiny)
+    folder = models.require(source, default_home()) if source else tiny
+    if folder is None:
+        raise ValueError("--model must be a folder in Hugging Face layout: fetch the model and name its folder.")
+    config = models.read_config(folder)
+    for key, needed, mend in (
+        ("vocab_size", vocab, "lower the workload key vocab"),
+        ("max_position_embeddings", longest, "lower the workload keys prompt_max and output_max"),
+    ):
+        limit = config.get(key)
+        if isinstance(limit, int) and limit < needed:
+            raise ValueError(f"The model's {key} is {limit} and the workload needs {needed}: {mend}.")
+    return folder
+
+
+def write_tiny_model(folder: Path) -> None:
+    """Write a small Llama with random weights, whose next token hangs on all of its KV cache.
+
+    Why not vLLM's dummy weights: they are so small that attention hardly reaches the logits, so that an engine which
+    loads the wrong KV blocks delivers the right tokens, and `--check-exact` would show nothing.
+    """
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    width, inner, vocabulary = TINY["hidden_size"], TINY["intermediate_size"], TINY["vocab_size"]
+    kv_width = width // TINY["num_attention_heads"] * TINY["num_key_value_heads"]
+    shapes = {"model.embed_tokens": (vocabulary, width, width**0.5), "lm_head": (vocabulary, width, 2.0)}
+    norms = ["model.norm"]
+    for layer in (f"model.layers.{number}" for number in range(TINY["num_hidden_layers"])):
+        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+        shapes |= {
+            f"{layer}.self_attn.q_proj": (width, width, 3.0),  # attends to few tokens, not to all alike
+            f"{layer}.self_attn.k_proj": (kv_width, width, 1.0),
+            f"{layer}.self_attn.v_proj": (kv_width, width, 2.0),
+            f"{layer}.self_attn.o_proj": (width, width, 2.0),
+            f"{layer}.mlp.gate_proj": (inner, width, 1.0),
+            f"{layer}.mlp.up_proj": (inner, width, 1.0),
+            f"{layer}.mlp.down_proj": (width, inner, 1.0),
+        }
+    weights = {f"{name}.weight": np.ones(width, np.float32) for name in norms}
+    for name, (rows, columns, gain) in shapes.items():
+        matrix = rng.standard_normal((rows, columns), dtype=np.float32)
+        weights[f"{name}.weight"] = (matrix * (gain / columns**0.5)).astype(np.float32)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(TINY))
+    save_file(weights, folder / "model.safetensors")

@@ -1,0 +1,121 @@
+"""A cost snapshot from a model's shape and a machine's rates alone: what an engine starts with before anything is measured.
+
+Source of the formulas: a token passes every active weight once (2 FLOPs each); causal attention over n new tokens behind r
+cached ones takes 2 * layers * heads * (d_qk + d_v) / 2 * ((n + r)^2 - r^2) FLOPs; below the ridge
+`flops_per_s / bytes_per_s * bytes_per_weight / 2` a step's time is that of reading the weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from cost_service.snapshot import CostSnapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """Rates that one rank really reaches."""
+
+    name: str
+    flops_per_s: float
+    bytes_per_s: float
+    """Device memory."""
+
+    copy_bytes_per_s: float
+    """Between device and host memory, one direction, in pieces of a KV block."""
+
+    copy_fixed_s: float
+    """To hand one batch of copies over."""
+
+    copies_stall: bool
+    """Whether the engine waits for its copies (CPU), or they run beside it (GPU)."""
+
+
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        # One thread of a server core without matrix units; its memory copy is what another core leaves.
+        Hardware(
+            name="cpu", flops_per_s=3e10, bytes_per_s=1e10, copy_bytes_per_s=4e9, copy_fixed_s=2e-4, copies_stall=True
+        ),
+        # Half of the datasheet's dense bf16 rate; PCIe as measured with blocks of 0.5 to 2 MB.
+        Hardware(
+            name="A100", flops_per_s=156e12, bytes_per_s=1.5e12, copy_bytes_per_s=24e9, copy_fixed_s=5e-3,
+            copies_stall=False,
+        ),
+        Hardware(
+            name="H100", flops_per_s=495e12, bytes_per_s=2.7e12, copy_bytes_per_s=50e9, copy_fixed_s=5e-3,
+            copies_stall=False,
+        ),
+        Hardware(
+            name="H200", flops_per_s=495e12, bytes_per_s=4.0e12, copy_bytes_per_s=50e9, copy_fixed_s=5e-3,
+            copies_stall=False,
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What a decoder-only transformer computes per token."""
+
+    active_weights: int
+    """Weights that one token passes, embedding table excluded."""
+
+    attention_width: int
+    """Layers x heads x (d_qk + d_v) / 2."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read a `config.json` of Hugging Face (grouped-query attention, gated MLP or experts).
+
+        Raises:
+            ValueError: A size is missing.
+        """
+        try:
+            width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+            heads, inner = int(config["num_attention_heads"]), int(config["intermediate_size"])
+            vocabulary = int(config["vocab_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"The model's config.json has no usable {error}: give a cost snapshot.") from None
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_size = int(config.get("head_dim") or width // heads)
+        experts = int(config.get("num_experts_per_tok") or 1)
+        inner = int(config.get("moe_intermediate_size") or inner)
+        per_layer = width * head_size * (2 * heads + 2 * kv_heads) + 3 * width * inner * experts
+        return cls(active_weights=layers * per_layer + width * vocabulary, attention_width=layers * heads * head_size)
+
+
+def analytic_snapshot(
+    shape: ModelShape,
+    hardware: Hardware,
+    *,
+    model: str,
+    parallelism: int,
+    block_size: int,
+    block_bytes: int,
+    weight_bytes: int = 2,
+) -> CostSnapshot:
+    """Return version 0 of a replica's costs.
+
+    Args:
+        block_bytes: Bytes of one KV block on one rank.
+        weight_bytes: Bytes per weight.
+    """
+    flops_per_s = hardware.flops_per_s * parallelism
+    block_s = block_bytes / hardware.copy_bytes_per_s
+    return CostSnapshot(
+        version=0,
+        model=model,
+        hardware=hardware.name,
+        parallelism=parallelism,
+        block_size=block_size,
+        ridge_tokens=hardware.flops_per_s / hardware.bytes_per_s * weight_bytes / 2,
+        token_s=2 * shape.active_weights / flops_per_s,
+        attention_s=2 * shape.attention_width / flops_per_s,
+        swap_fixed_s=hardware.copy_fixed_s,
+        out_block_s=block_s if hardware.copies_stall else 0.0,
+        in_block_s=block_s if hardware.copies_stall else 0.0,
+        link_latency_s=0.0,
+        link_block_s=0.0 if hardware.copies_stall else block_s,
+    )

@@ -1,0 +1,187 @@
+"""What it costs to take the KV blocks of a running request away, in seconds of engine time, term by term.
+
+Rules:
+- One unit: a second in which the engine does nothing for its running requests. What one of R requests waits for by itself
+  counts 1/R of that, and so does a part of the pool that lies idle.
+- `prices` says it term by term for one candidate, `CandidateTable.price` at once for all; a test holds them together.
+
+Terms (a comparison of FLOPs with bytes alone would always swap; these are what it leaves out):
+    recompute = token_s * max(0, n - slack) + attention_s * (T^2 - r^2)
+    swap      = 2 * fixed                                        overhead of two copies
+              + out_block_s * copied + in_block_s * loaded       stall of the others while blocks are copied
+              + loaded / pool * (latency + link_block_s * loaded)    blocks that are held but idle while they load
+              + (2 * latency + out queue + link_block_s * (copied + saved + loaded)) / running    the victim's own wait
+with T tokens held, r of them likely to survive in the prefix cache until resume, n = T - r, slack = tokens that the step
+can take for nothing (up to the ridge), copied = blocks not in host memory yet, loaded = blocks beyond the surviving ones,
+saved = blocks of others that must come back over the same link.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_service.snapshot import CostSnapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A running request, as far as giving way is concerned."""
+
+    request_id: str
+    tenant: str = ""
+    service: float = 0.0
+    """Normalised service that the tenant has had in the cluster."""
+
+    num_tokens: int
+    """Tokens whose KV is in the engine's blocks once the steps in flight are done."""
+
+    num_blocks: int
+    """KV blocks that hold those tokens; the last may be partly filled."""
+
+    num_freed_blocks: int
+    """Blocks that the pool gains: those that no other request holds too."""
+
+    num_surviving_tokens: int = 0
+    """Tokens at the front that are likely to be found in the prefix cache at resume."""
+
+    num_host_blocks: int = 0
+    """Blocks whose copy is in host memory already."""
+
+    num_remaining_tokens: int = 1 << 20
+    """Output tokens that are still to come at most, or are predicted to."""
+
+    num_preemptions: int = 0
+
+    can_load: bool = True
+    """Whether the request may read KV that it did not compute just now (not while it wants prompt log-probabilities)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pressure:
+    """What surrounds the candidates in this step."""
+
+    num_needed_blocks: int
+    """Blocks that must become free."""
+
+    num_pool_blocks: int
+    num_running: int
+    num_batch_tokens: int
+    """Tokens of the step without any re-prefill."""
+
+    num_free_host_slots: int
+    """Host slots that can be taken now, one KV block each."""
+
+    num_saved_host_blocks: int = 0
+    """Blocks of swapped-out requests, which must all come back."""
+
+    out_queue_s: float = 0.0
+    """Seconds until the link to host memory is free."""
+
+    unsafe: str | None = None
+    """Why nothing may be swapped here at all, or None."""
+
+    def __post_init__(self) -> None:
+        assert self.num_pool_blocks > 0, f"a pool of {self.num_pool_blocks} blocks"
+        assert self.num_running > 0, "pressure without a running request"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """Seconds of engine time that each action would cost, and what they consist of."""
+
+    recompute_s: float
+    swap_s: float
+    terms_s: dict[str, float]
+
+
+def prices(candidate: Candidate, pressure: Pressure, costs: CostSnapshot) -> Prices:
+    """Price both actions for one candidate."""
+    copied, loaded = _copied(candidate), _loaded(candidate, costs.block_size)
+    new, slack = candidate.num_tokens - candidate.num_surviving_tokens, _slack(pressure, costs)
+    waiting = 2 * costs.link_latency_s + pressure.out_queue_s
+    waiting += costs.link_block_s * (copied + pressure.num_saved_host_blocks + loaded)
+    terms = {
+        "recompute_tokens": costs.token_s * max(0.0, new - slack),
+        "recompute_attention": costs.attention_s * _attention(candidate),
+        "swap_overhead": 2 * costs.swap_fixed_s,
+        "swap_stall": costs.out_block_s * copied + costs.in_block_s * loaded,
+        "swap_hold": loaded / pressure.num_pool_blocks * (costs.link_latency_s + costs.link_block_s * loaded),
+        "swap_wait": waiting / pressure.num_running,
+    }
+    of = {action: sum(s for name, s in terms.items() if name.startswith(action)) for action in ("recompute", "swap")}
+    return Prices(recompute_s=of["recompute"], swap_s=of["swap"], terms_s=terms)
+
+
+class CandidateTable:
+    """All candidates of a step as columns of numbers, built once; `price` then takes microseconds."""
+
+    __slots__ = ("_features", "benefit", "candidates", "num_copied", "num_freed")
+
+    def __init__(self, candidates: Sequence[Candidate], *, block_size: int, horizon_tokens: float) -> None:
+        """Build the columns.
+
+        Args:
+            horizon_tokens: A request with so many tokens to come, or more, is as good a victim as any; one that ends
+                sooner gives its blocks back soon anyway.
+        """
+        self.candidates = tuple(candidates)
+        rows = [
+            (
+                1.0,
+                c.num_tokens - c.num_surviving_tokens,
+                _attention(c),
+                _copied(c),
+                loaded := _loaded(c, block_size),
+                loaded * loaded,
+                c.num_freed_blocks,
+                c.num_remaining_tokens,
+            )
+            for c in self.candidates
+        ]
+        table = np.array(rows, dtype=np.float64).reshape(len(rows), 8)
+        self._features = np.ascontiguousarray(table[:, :6])
+        may_load = np.array([c.can_load for c in self.candidates], dtype=bool)
+        self.num_copied = np.where(may_load, table[:, 3], np.inf)
+        self.num_freed = table[:, 6]
+        self.benefit = self.num_freed * np.minimum(1.0, table[:, 7] / horizon_tokens)
+
+    def price(self, pressure: Pressure, costs: CostSnapshot) -> NDArray[np.float64]:
+        """Seconds of shape (candidates, 2): recompute and swap; a swap that has no room is infinite."""
+        running, pool, link = pressure.num_running, pressure.num_pool_blocks, costs.link_block_s
+        waiting = 2 * costs.link_latency_s + pressure.out_queue_s + link * pressure.num_saved_host_blocks
+        weights = np.array(
+            (
+                (0.0, 2 * costs.swap_fixed_s + waiting / running),
+                (costs.token_s, 0.0),
+                (costs.attention_s, 0.0),
+                (0.0, costs.out_block_s + link / running),
+                (0.0, costs.in_block_s + link / running + costs.link_latency_s / pool),
+                (0.0, link / pool),
+            )
+        )
+        table: NDArray[np.float64] = self._features @ weights
+        if slack := _slack(pressure, costs):
+            table[:, 0] -= costs.token_s * np.minimum(self._features[:, 1], slack)
+        if pressure.unsafe is not None:
+            table[:, 1] = np.inf
+        else:
+            table[self.num_copied > pressure.num_free_host_slots, 1] = np.inf
+        return table
+
+
+def _slack(pressure: Pressure, costs: CostSnapshot) -> float:
+    return max(0.0, costs.ridge_tokens - pressure.num_batch_tokens)
+
+
+def _attention(candidate: Candidate) -> float:
+    return float(candidate.num_tokens**2 - candidate.num_surviving_tokens**2)
+
+
+def _copied(candidate: Candidate) -> int:
+    return max(0, candidate.num_blocks - candidate.num_host_blocks)
+
+
+def _loaded(candidate: Candidate, block_size: int) -> int:
+    return candidate.num_blocks - candidate.num_surviving_tokens // block_size

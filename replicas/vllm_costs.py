@@ -1,0 +1,79 @@
+"""The cost snapshot that an engine starts with: the configured one where it fits this engine, else the analytic one (shell).
+
+Rule: a snapshot that is damaged or was made for another engine is said in the log and not used; the engine starts anyway.
+"""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from cost_service.analytic import HARDWARE, Hardware, ModelShape, analytic_snapshot
+from cost_service.snapshot import CostSnapshot
+from replicas.config import SwapConfig
+from replicas.vllm_block_copy import bytes_per_block
+from replicas.vllm_internals import current_platform
+
+logger = logging.getLogger(__name__)
+
+
+def costs_of(vllm_config: Any, kv_cache_config: Any, config: SwapConfig | None) -> CostSnapshot:
+    """Return the costs of this engine's preemptions.
+
+    Args:
+        config: None without a connector: nothing is swapped then.
+    """
+    block_bytes = bytes_per_block(kv_cache_config)
+    costs = _configured(vllm_config, config) or _analytic(vllm_config, block_bytes)
+    if config is not None and config.throttled_link_bytes_per_s is not None:
+        # The throttle's own speed: only a learned snapshot knows better, and the cost service writes none for a throttle.
+        costs = replace(
+            costs,
+            link_latency_s=config.throttled_link_latency_s,
+            link_block_s=block_bytes / config.throttled_link_bytes_per_s,
+        )
+    return costs
+
+
+def _configured(vllm_config: Any, config: SwapConfig | None) -> CostSnapshot | None:
+    if config is None or config.cost_snapshot is None:
+        return None
+    try:
+        costs = CostSnapshot.from_json(config.cost_snapshot)
+    except ValueError as error:
+        logger.warning("%s Starting with analytic costs.", error)
+        return None
+    block_size = vllm_config.cache_config.block_size
+    if costs.block_size != block_size:
+        logger.warning(
+            "The cost snapshot is for blocks of %d tokens and the engine has %d: calibrate again. Starting with analytic "
+            "costs.", costs.block_size, block_size,
+        )  # fmt: skip
+        return None
+    return costs
+
+
+def _analytic(vllm_config: Any, block_bytes: int) -> CostSnapshot:
+    model = vllm_config.model_config
+    try:
+        shape = ModelShape.from_config(model.hf_text_config.to_dict())
+    except ValueError as error:
+        logger.warning("%s Starting with the costs of a model of seven billion weights.", error)
+        shape = ModelShape(active_weights=7_000_000_000, attention_width=32 * 4096)
+    return analytic_snapshot(
+        shape,
+        hardware_of_this_host(),
+        model=str(model.served_model_name),
+        parallelism=vllm_config.parallel_config.tensor_parallel_size,
+        block_size=vllm_config.cache_config.block_size,
+        block_bytes=block_bytes,
+        weight_bytes=model.dtype.itemsize,
+    )
+
+
+def hardware_of_this_host() -> Hardware:
+    """Rates of the device that vLLM runs on; those of the slowest known GPU for one that is not known."""
+    if current_platform.is_cpu():
+        return HARDWARE["cpu"]
+    name = current_platform.get_device_name()
+    known = [hardware for key, hardware in HARDWARE.items() if key in name]
+    return known[0] if known else HARDWARE["A100"]

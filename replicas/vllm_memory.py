@@ -1,0 +1,77 @@
+"""Reads out of vLLM's scheduler what a preemption decision must know (shell; nothing is changed here).
+
+Source: vLLM 0.29 `v1/core/sched/scheduler.py` (`schedule`, the running loop), `v1/core/single_type_kv_cache_manager.py`
+(`req_to_blocks`), `v1/core/kv_cache_utils.py` (`KVCacheBlock.ref_cnt`).
+"""
+
+from bisect import bisect_left
+from typing import Any
+
+from replicas.preemption_cost import Candidate
+from replicas.vllm_internals import Request, Scheduler
+
+
+class MemoryView:
+    """KV blocks and requests of one scheduler with one KV cache group."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        assert len(scheduler.kv_cache_config.kv_cache_groups) == 1, "several KV cache groups"
+        self._scheduler = scheduler
+        self._pool = scheduler.kv_cache_manager.block_pool
+        (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+        self._blocks: dict[str, list[Any]] = manager.req_to_blocks
+        self._block_size: int = scheduler.block_size
+        tokens = scheduler.max_num_scheduled_tokens + scheduler.max_num_running_reqs * scheduler.num_lookahead_tokens
+        self._most_needed_beside_one_each = -(-tokens // self._block_size)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return int(self._pool.get_num_free_blocks())
+
+    def num_missing_blocks(self) -> int:
+        """Blocks that the running requests want in the next step beyond the free ones; 0 when they all get theirs.
+
+        What vLLM's running loop would ask for, in its order and within its budget. It can be a block more where that loop
+        skips a request; never less for decodes and prefills of text models.
+        """
+        scheduler, free = self._scheduler, self.num_free_blocks
+        if free >= len(scheduler.running) + self._most_needed_beside_one_each:
+            return 0
+        budget, needed = scheduler.max_num_scheduled_tokens, 0
+        long_prefill = scheduler.scheduler_config.long_prefill_token_threshold
+        for request in scheduler.running:
+            if budget <= 0:
+                break
+            new = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+            if 0 < long_prefill < new:
+                new = long_prefill
+            new = min(new, budget, scheduler.max_model_len - request.num_computed_tokens)
+            budget -= new
+            slots = min(request.num_computed_tokens + new + scheduler.num_lookahead_tokens, scheduler.max_model_len)
+            needed += max(0, -(-slots // self._block_size) - len(self._blocks[request.request_id]))
+        return max(0, needed - free)
+
+    def candidate(self, request: Request, *, num_host_blocks: int) -> Candidate:
+        """The request as a candidate for giving way."""
+        blocks = self._blocks.get(request.request_id, [])
+        # A block is shared only by requests that share all blocks before it too: the counts never rise along the list.
+        num_shared = bisect_left(blocks, True, key=lambda block: block.ref_cnt <= 1)
+        num_blocks = -(-request.num_computed_tokens // self._block_size)
+        return Candidate(
+            request_id=request.request_id,
+            tenant=tenant_of(request),
+            num_tokens=request.num_computed_tokens,
+            num_blocks=num_blocks,
+            num_freed_blocks=len(blocks) - num_shared,
+            num_surviving_tokens=min(num_shared * self._block_size, request.num_computed_tokens),
+            num_host_blocks=num_host_blocks,
+            num_remaining_tokens=max(1, request.max_tokens - request.num_output_tokens),
+            num_preemptions=request.num_preemptions,
+            can_load=not request.skip_reading_prefix_cache,
+        )
+
+
+def tenant_of(request: Request) -> str:
+    """The tenant that the ingress stamped into the request; empty without a stamp."""
+    params = request.sampling_params
+    return str((params.extra_args or {}).get("adaptivellm_tenant", "")) if params is not None else ""

@@ -1,0 +1,91 @@
+"""Goal: a cost snapshot arrives as it was sent, or not at all.
+
+Method: round trips, and one flaw at a time in text and values.
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+from cost_service.analytic import HARDWARE, ModelShape, analytic_snapshot
+from cost_service.snapshot import CostSnapshot
+
+VALUES: dict[str, Any] = {
+    "version": 3, "model": "m", "hardware": "H100", "parallelism": 2, "block_size": 16, "ridge_tokens": 148.0,
+    "token_s": 2e-5, "attention_s": 1e-9, "swap_fixed_s": 5e-3, "out_block_s": 0.0, "in_block_s": 0.0,
+    "link_latency_s": 1e-5, "link_block_s": 4e-5,
+}  # fmt: skip
+LLAMA_8B = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def test_a_snapshot_comes_back_from_json_as_it_was() -> None:
+    snapshot = CostSnapshot(**VALUES)
+    assert CostSnapshot.from_json(snapshot.to_json()) == snapshot
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 1}', '{"snapshot": []}', "null"])
+def test_another_text_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be the JSON object that the cost service writes"):
+        CostSnapshot.from_json(text)
+
+
+def test_a_changed_value_is_noticed_by_the_checksum() -> None:
+    text = CostSnapshot(**VALUES).to_json().replace("5e-05", "5e-06").replace("0.005", "0.006")
+    with pytest.raises(ValueError, match="checksum"):
+        CostSnapshot.from_json(text)
+
+
+def test_another_schema_is_refused() -> None:
+    record = json.loads(CostSnapshot(**VALUES).to_json()) | {"schema": 2}
+    with pytest.raises(ValueError, match="must have schema 1"):
+        CostSnapshot.from_json(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("version", -1), ("version", True), ("version", 1.5), ("parallelism", 0), ("block_size", 0), ("token_s", -1e-9),
+        ("token_s", float("nan")), ("link_block_s", float("inf")), ("attention_s", "1"), ("swap_fixed_s", None),
+        ("ridge_tokens", True), ("model", None),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} of a cost snapshot must be"):
+        CostSnapshot(**VALUES | {name: value})
+
+
+def test_a_snapshot_is_for_one_kind_of_replica() -> None:
+    snapshot = CostSnapshot(**VALUES)
+    assert snapshot.fits(model="m", hardware="H100", parallelism=2, block_size=16)
+    assert not snapshot.fits(model="m", hardware="A100", parallelism=2, block_size=16)
+    assert not snapshot.fits(model="m", hardware="H100", parallelism=2, block_size=32)
+
+
+def test_the_shape_of_llama_8b_has_its_weights() -> None:
+    # 8.03 billion weights, less the 0.53 billion of the embedding table, which a token does not pass.
+    assert ModelShape.from_config(LLAMA_8B).active_weights == pytest.approx(7.50e9, rel=0.01)
+
+
+def test_a_mixture_of_experts_counts_the_experts_that_a_token_passes() -> None:
+    experts = {**LLAMA_8B, "num_experts_per_tok": 2, "moe_intermediate_size": 7168}
+    assert ModelShape.from_config(experts) == ModelShape.from_config(LLAMA_8B)
+
+
+def test_a_config_without_a_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="no usable 'hidden_size'"):
+        ModelShape.from_config({})
+
+
+def test_the_analytic_costs_of_llama_8b_on_h100_are_those_of_the_literature() -> None:
+    costs = analytic_snapshot(
+        ModelShape.from_config(LLAMA_8B), HARDWARE["H100"], model="llama", parallelism=1, block_size=16,
+        block_bytes=16 * 131072,
+    )  # fmt: skip
+    assert costs.token_s == pytest.approx(30e-6, rel=0.1)  # 28.2 us with the 7.0 billion weights of the layers alone
+    assert costs.attention_s * 2 * 8192 == pytest.approx(0.53e-9 * 8192 * 2, rel=0.1)  # 0.53 ns per token and token
+    assert costs.link_block_s / 16 == pytest.approx(2.62e-6, rel=0.01)  # seconds per token on the link
+    assert 100 < costs.ridge_tokens < 300

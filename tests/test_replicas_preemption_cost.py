@@ -1,0 +1,113 @@
+"""Goal: each term of a preemption's price stands for something real, and both ways to compute a price agree.
+
+Method: hand-computed prices; one knob turned at a time; random candidates priced one by one and as a table.
+"""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cost_service.snapshot import CostSnapshot
+from replicas.preemption_cost import Candidate, CandidateTable, Pressure, prices
+
+COSTS = CostSnapshot(
+    version=1, model="m", hardware="cpu", parallelism=1, block_size=16, ridge_tokens=0.0, token_s=1e-3, attention_s=1e-6,
+    swap_fixed_s=2e-3, out_block_s=1e-4, in_block_s=2e-4,
+)  # fmt: skip
+LINKED = CostSnapshot(
+    version=1, model="m", hardware="cpu", parallelism=1, block_size=16, ridge_tokens=0.0, token_s=1e-3, attention_s=0.0,
+    swap_fixed_s=0.0, out_block_s=0.0, in_block_s=0.0, link_latency_s=0.5, link_block_s=0.1,
+)  # fmt: skip
+
+
+def candidate(**changes: object) -> Candidate:
+    values: dict[str, object] = {"request_id": "a", "num_tokens": 160, "num_blocks": 10, "num_freed_blocks": 10}
+    return Candidate(**values | changes)  # type: ignore[arg-type]
+
+
+def pressure(**changes: object) -> Pressure:
+    values: dict[str, object] = {
+        "num_needed_blocks": 1, "num_pool_blocks": 100, "num_running": 4, "num_batch_tokens": 4,
+        "num_free_host_slots": 1000,
+    }  # fmt: skip
+    return Pressure(**values | changes)  # type: ignore[arg-type]
+
+
+def test_recomputing_costs_every_token_and_the_square_of_the_context() -> None:
+    assert prices(candidate(), pressure(), COSTS).recompute_s == pytest.approx(160e-3 + 160**2 * 1e-6)
+
+
+def test_tokens_that_survive_in_the_prefix_cache_are_neither_computed_nor_loaded() -> None:
+    found = prices(candidate(num_surviving_tokens=64), pressure(), COSTS)
+    assert found.recompute_s == pytest.approx(96e-3 + (160**2 - 64**2) * 1e-6)
+    assert found.terms_s["swap_stall"] == pytest.approx(10 * 1e-4 + 6 * 2e-4)
+
+
+def test_blocks_that_are_in_host_memory_already_are_not_copied_out_again() -> None:
+    assert prices(candidate(num_host_blocks=7), pressure(), COSTS).terms_s["swap_stall"] == pytest.approx(
+        3 * 1e-4 + 10 * 2e-4
+    )
+
+
+def test_swapping_has_a_fixed_overhead_in_each_direction() -> None:
+    assert prices(candidate(), pressure(), COSTS).terms_s["swap_overhead"] == pytest.approx(4e-3)
+
+
+def test_tokens_below_the_ridge_of_the_step_cost_nothing() -> None:
+    ridged = replace(COSTS, ridge_tokens=100.0)
+    busy, idle = pressure(num_batch_tokens=100), pressure(num_batch_tokens=40)
+    assert prices(candidate(), busy, ridged).terms_s["recompute_tokens"] == pytest.approx(160e-3)
+    assert prices(candidate(), idle, ridged).terms_s["recompute_tokens"] == pytest.approx(100e-3)
+
+
+def test_a_slow_link_holds_blocks_idle_while_they_load_and_keeps_the_victim_waiting() -> None:
+    terms = prices(candidate(), pressure(num_saved_host_blocks=20, out_queue_s=0.3), LINKED).terms_s
+    assert terms["swap_hold"] == pytest.approx(10 / 100 * (0.5 + 10 * 0.1))
+    assert terms["swap_wait"] == pytest.approx((2 * 0.5 + 0.3 + 0.1 * (10 + 20 + 10)) / 4)
+
+
+def test_a_swap_without_room_is_infinitely_dear_in_the_table() -> None:
+    def swap_price(**changes: object) -> float:
+        table = CandidateTable([candidate()], block_size=16, horizon_tokens=32)
+        return float(table.price(pressure(**changes), COSTS)[0, 1])
+
+    assert np.isfinite(swap_price(num_free_host_slots=10))
+    assert swap_price(num_free_host_slots=9) == np.inf
+    assert swap_price(unsafe="several KV cache groups") == np.inf
+
+
+def test_a_request_that_ends_soon_is_of_little_use_as_a_victim() -> None:
+    table = CandidateTable(
+        [candidate(num_remaining_tokens=left) for left in (1, 16, 32, 500)], block_size=16, horizon_tokens=32
+    )
+    assert table.benefit == pytest.approx([10 / 32, 5, 10, 10])
+
+
+def test_the_table_prices_as_the_terms_do() -> None:
+    rng = random.Random(7)
+    for _ in range(300):
+        costs = CostSnapshot(
+            version=1, model="m", hardware="h", parallelism=1, block_size=16, ridge_tokens=rng.choice([0.0, 50.0, 300.0]),
+            token_s=rng.random(), attention_s=rng.random(), swap_fixed_s=rng.random(), out_block_s=rng.random(),
+            in_block_s=rng.random(), link_latency_s=rng.random(), link_block_s=rng.random(),
+        )  # fmt: skip
+        around = pressure(
+            num_running=rng.randint(1, 50), num_batch_tokens=rng.randint(0, 400), num_saved_host_blocks=rng.randint(0, 99),
+            out_queue_s=rng.random(), num_pool_blocks=rng.randint(1, 1000),
+        )  # fmt: skip
+        candidates = []
+        for _ in range(rng.randint(1, 5)):
+            tokens = rng.randint(0, 600)
+            blocks = -(-tokens // 16)
+            candidates.append(
+                candidate(
+                    num_tokens=tokens, num_blocks=blocks, num_surviving_tokens=min(tokens, rng.randint(0, blocks) * 8),
+                    num_host_blocks=rng.randint(0, blocks),
+                )
+            )  # fmt: skip
+        table = CandidateTable(candidates, block_size=16, horizon_tokens=32).price(around, costs)
+        for one, row in zip(candidates, table, strict=True):
+            expected = prices(one, around, costs)
+            assert row == pytest.approx([expected.recompute_s, expected.swap_s])
