@@ -6,6 +6,7 @@ one logical CPU so that only one replica fits a node, and `serve deploy` of the 
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from cluster.config import default_home
 from tests.cluster_runs import HELLO, MODEL, environment, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+TOKEN = secrets.token_hex(16)
+"""What Ray's processes, and clients of its dashboard, show one another (`RAY_AUTH_MODE=token`)."""
 
 MANIFEST = Path(__file__).parents[1] / "manifests" / "serve_local.yaml"
 TOOLS = Path(sys.executable).parent
@@ -106,8 +110,9 @@ def node(folder: Path, *arguments: str) -> Iterator[None]:
 
 
 def plain_environment() -> dict[str, str]:
-    """What an operator's shell has: without the path that lets the test process import the project from its folder."""
-    return {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    """What an operator's shell has: a token, and no path that lets processes import the project from its folder."""
+    ours = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    return ours | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 def application(dashboard: str) -> dict[str, Any]:
@@ -116,15 +121,19 @@ def application(dashboard: str) -> dict[str, Any]:
     Raises:
         AssertionError: It failed to deploy.
     """
-    answer = httpx.get(dashboard + "/api/serve/applications/", timeout=30)
+    answer = ask(dashboard + "/api/serve/applications/")
     found: dict[str, Any] = answer.json().get("applications", {}).get("adaptivellm", {"status": "NOT_STARTED"})
     assert found["status"] not in ("DEPLOY_FAILED", "UNHEALTHY"), json.dumps(found)[:2000]
     return found
 
 
+def ask(url: str) -> httpx.Response:
+    return httpx.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
+
+
 def answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code == 200
+        return ask(url).status_code == 200
     except httpx.HTTPError:
         return False
 
