@@ -63,7 +63,8 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[st
         say(f"Link at {speed:g} times the break-even")
         link = speed * break_even
         costs = snapshot(config, calibration, kv_bytes * plan.engine.block_size, plan.engine.block_size)
-        costs = replace(costs, token_s=costs.token_s * options.costs_wrong_by)
+        wrong = options.costs_wrong_by
+        costs = replace(costs, token_s=costs.token_s * wrong, recompute_fixed_s=costs.recompute_fixed_s * wrong)
         swap = {"throttled_link_bytes_per_s": link, "cost_snapshot": costs.to_json()}
         arms = replace(plan, engine=replace(plan.engine, swap=swap))
         folder = scratch / f"{speed:g}"
@@ -106,7 +107,7 @@ def kv_bytes_per_token(config: dict[str, Any], item_bytes: int) -> int:
 
 
 def snapshot(config: dict[str, Any], calibration: Calibration, block_bytes: int, block_size: int) -> CostSnapshot:
-    """The analytic costs with the measured time per token."""
+    """The analytic costs with what the calibration has measured: time per token, and of a prefill of no tokens."""
     analytic = analytic_snapshot(
         ModelShape.from_config(config), HARDWARE["cpu"], model="", parallelism=1, block_size=block_size,
         block_bytes=block_bytes,

@@ -21,6 +21,9 @@ class Hardware:
     bytes_per_s: float
     """Device memory."""
 
+    prefill_fixed_s: float
+    """What a prefill adds to a step of decodes whatever its size (on GPUs the step leaves its captured graph)."""
+
     copy_bytes_per_s: float
     """Between device and host memory, one direction, in pieces of a KV block."""
 
@@ -36,23 +39,44 @@ HARDWARE = {
     for hardware in (
         # One thread of a server core without matrix units; its memory copy is what another core leaves.
         Hardware(
-            name="cpu", flops_per_s=3e10, bytes_per_s=1e10, copy_bytes_per_s=4e9, copy_fixed_s=2e-4, copies_stall=True
+            name="cpu",
+            flops_per_s=3e10,
+            bytes_per_s=1e10,
+            prefill_fixed_s=2e-3,
+            copy_bytes_per_s=4e9,
+            copy_fixed_s=2e-4,
+            copies_stall=True,
         ),
         # Half of the datasheet's dense bf16 rate; PCIe as measured with blocks of 0.5 to 2 MB.
         Hardware(
-            name="A100", flops_per_s=156e12, bytes_per_s=1.5e12, copy_bytes_per_s=24e9, copy_fixed_s=5e-3,
+            name="A100",
+            flops_per_s=156e12,
+            bytes_per_s=1.5e12,
+            prefill_fixed_s=2e-3,
+            copy_bytes_per_s=24e9,
+            copy_fixed_s=5e-3,
             copies_stall=False,
         ),
         Hardware(
-            name="H100", flops_per_s=495e12, bytes_per_s=2.7e12, copy_bytes_per_s=50e9, copy_fixed_s=5e-3,
+            name="H100",
+            flops_per_s=495e12,
+            bytes_per_s=2.7e12,
+            prefill_fixed_s=2e-3,
+            copy_bytes_per_s=50e9,
+            copy_fixed_s=5e-3,
             copies_stall=False,
         ),
         Hardware(
-            name="H200", flops_per_s=495e12, bytes_per_s=4.0e12, copy_bytes_per_s=50e9, copy_fixed_s=5e-3,
+            name="H200",
+            flops_per_s=495e12,
+            bytes_per_s=4.0e12,
+            prefill_fixed_s=2e-3,
+            copy_bytes_per_s=50e9,
+            copy_fixed_s=5e-3,
             copies_stall=False,
         ),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +134,7 @@ def analytic_snapshot(
         hardware=hardware.name,
         parallelism=parallelism,
         block_size=block_size,
+        recompute_fixed_s=hardware.prefill_fixed_s,
         ridge_tokens=hardware.flops_per_s / hardware.bytes_per_s * weight_bytes / 2,
         token_s=2 * shape.active_weights / flops_per_s,
         attention_s=2 * shape.attention_width / flops_per_s,

@@ -33,6 +33,9 @@ class CostSnapshot:
     block_size: int
     """Tokens per KV block."""
 
+    recompute_fixed_s: float
+    """Seconds that a prefill adds to a step of decodes whatever its size: another shape of batch, other kernels."""
+
     ridge_tokens: float
     """Tokens of one step up to which more tokens take no longer: the weights are read anyway."""
 

@@ -6,7 +6,8 @@ Rules:
 - `prices` says it term by term for one candidate, `CandidateTable.price` at once for all; a test holds them together.
 
 Terms (a comparison of FLOPs with bytes alone would always swap; these are what it leaves out):
-    recompute = token_s * max(0, n - slack) + attention_s * (T^2 - r^2)
+    recompute = fixed                                            a prefill among decodes, whatever its size
+              + token_s * max(0, n - slack) + attention_s * (T^2 - r^2)
     swap      = 2 * fixed                                        overhead of two copies
               + out_block_s * copied + in_block_s * loaded       stall of the others while blocks are copied
               + loaded / pool * (latency + link_block_s * loaded)    blocks that are held but idle while they load
@@ -103,6 +104,7 @@ def prices(candidate: Candidate, pressure: Pressure, costs: CostSnapshot) -> Pri
     waiting = 2 * costs.link_latency_s + pressure.out_queue_s
     waiting += costs.link_block_s * (copied + pressure.num_saved_host_blocks + loaded)
     terms = {
+        "recompute_overhead": costs.recompute_fixed_s,
         "recompute_tokens": costs.token_s * max(0.0, new - slack),
         "recompute_attention": costs.attention_s * _attention(candidate),
         "swap_overhead": 2 * costs.swap_fixed_s,
@@ -153,7 +155,7 @@ class CandidateTable:
         waiting = 2 * costs.link_latency_s + pressure.out_queue_s + link * pressure.num_saved_host_blocks
         weights = np.array(
             (
-                (0.0, 2 * costs.swap_fixed_s + waiting / running),
+                (costs.recompute_fixed_s, 2 * costs.swap_fixed_s + waiting / running),
                 (costs.token_s, 0.0),
                 (costs.attention_s, 0.0),
                 (0.0, costs.out_block_s + link / running),

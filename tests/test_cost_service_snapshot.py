@@ -12,10 +12,21 @@ from cost_service.analytic import HARDWARE, ModelShape, analytic_snapshot
 from cost_service.snapshot import CostSnapshot
 
 VALUES: dict[str, Any] = {
-    "version": 3, "model": "m", "hardware": "H100", "parallelism": 2, "block_size": 16, "ridge_tokens": 148.0,
-    "token_s": 2e-5, "attention_s": 1e-9, "swap_fixed_s": 5e-3, "out_block_s": 0.0, "in_block_s": 0.0,
-    "link_latency_s": 1e-5, "link_block_s": 4e-5,
-}  # fmt: skip
+    "version": 3,
+    "model": "m",
+    "hardware": "H100",
+    "parallelism": 2,
+    "block_size": 16,
+    "recompute_fixed_s": 1e-3,
+    "ridge_tokens": 148.0,
+    "token_s": 2e-5,
+    "attention_s": 1e-9,
+    "swap_fixed_s": 5e-3,
+    "out_block_s": 0.0,
+    "in_block_s": 0.0,
+    "link_latency_s": 1e-5,
+    "link_block_s": 4e-5,
+}
 LLAMA_8B = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "intermediate_size": 14336, "vocab_size": 128256,

@@ -17,9 +17,19 @@ from replicas.preemption_cost import Candidate, Pressure, prices
 POLICIES = list(PreemptionPolicy)
 # A token costs 1 ms to compute, a block of 16 tokens 4 ms to copy out and in, a swap 20 ms on top: they meet at 27 tokens.
 COSTS = CostSnapshot(
-    version=1, model="m", hardware="h", parallelism=1, block_size=16, ridge_tokens=0.0, token_s=1e-3, attention_s=0.0,
-    swap_fixed_s=10e-3, out_block_s=2e-3, in_block_s=2e-3,
-)  # fmt: skip
+    version=1,
+    model="m",
+    hardware="h",
+    parallelism=1,
+    block_size=16,
+    recompute_fixed_s=0.0,
+    ridge_tokens=0.0,
+    token_s=1e-3,
+    attention_s=0.0,
+    swap_fixed_s=10e-3,
+    out_block_s=2e-3,
+    in_block_s=2e-3,
+)
 
 
 def candidate(name: str, tokens: int, **changes: Any) -> Candidate:

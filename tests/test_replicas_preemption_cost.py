@@ -13,13 +13,35 @@ from cost_service.snapshot import CostSnapshot
 from replicas.preemption_cost import Candidate, CandidateTable, Pressure, prices
 
 COSTS = CostSnapshot(
-    version=1, model="m", hardware="cpu", parallelism=1, block_size=16, ridge_tokens=0.0, token_s=1e-3, attention_s=1e-6,
-    swap_fixed_s=2e-3, out_block_s=1e-4, in_block_s=2e-4,
-)  # fmt: skip
+    version=1,
+    model="m",
+    hardware="cpu",
+    parallelism=1,
+    block_size=16,
+    recompute_fixed_s=0.0,
+    ridge_tokens=0.0,
+    token_s=1e-3,
+    attention_s=1e-6,
+    swap_fixed_s=2e-3,
+    out_block_s=1e-4,
+    in_block_s=2e-4,
+)
 LINKED = CostSnapshot(
-    version=1, model="m", hardware="cpu", parallelism=1, block_size=16, ridge_tokens=0.0, token_s=1e-3, attention_s=0.0,
-    swap_fixed_s=0.0, out_block_s=0.0, in_block_s=0.0, link_latency_s=0.5, link_block_s=0.1,
-)  # fmt: skip
+    version=1,
+    model="m",
+    hardware="cpu",
+    parallelism=1,
+    block_size=16,
+    recompute_fixed_s=0.0,
+    ridge_tokens=0.0,
+    token_s=1e-3,
+    attention_s=0.0,
+    swap_fixed_s=0.0,
+    out_block_s=0.0,
+    in_block_s=0.0,
+    link_latency_s=0.5,
+    link_block_s=0.1,
+)
 
 
 def candidate(**changes: object) -> Candidate:
@@ -37,6 +59,11 @@ def pressure(**changes: object) -> Pressure:
 
 def test_recomputing_costs_every_token_and_the_square_of_the_context() -> None:
     assert prices(candidate(), pressure(), COSTS).recompute_s == pytest.approx(160e-3 + 160**2 * 1e-6)
+
+
+def test_a_prefill_among_decodes_has_an_overhead_of_its_own() -> None:
+    found = prices(candidate(), pressure(), replace(COSTS, recompute_fixed_s=5e-3))
+    assert found.recompute_s == pytest.approx(5e-3 + 160e-3 + 160**2 * 1e-6)
 
 
 def test_tokens_that_survive_in_the_prefix_cache_are_neither_computed_nor_loaded() -> None:
@@ -89,10 +116,21 @@ def test_the_table_prices_as_the_terms_do() -> None:
     rng = random.Random(7)
     for _ in range(300):
         costs = CostSnapshot(
-            version=1, model="m", hardware="h", parallelism=1, block_size=16, ridge_tokens=rng.choice([0.0, 50.0, 300.0]),
-            token_s=rng.random(), attention_s=rng.random(), swap_fixed_s=rng.random(), out_block_s=rng.random(),
-            in_block_s=rng.random(), link_latency_s=rng.random(), link_block_s=rng.random(),
-        )  # fmt: skip
+            version=1,
+            model="m",
+            hardware="h",
+            parallelism=1,
+            block_size=16,
+            recompute_fixed_s=rng.random(),
+            ridge_tokens=rng.choice([0.0, 50.0, 300.0]),
+            token_s=rng.random(),
+            attention_s=rng.random(),
+            swap_fixed_s=rng.random(),
+            out_block_s=rng.random(),
+            in_block_s=rng.random(),
+            link_latency_s=rng.random(),
+            link_block_s=rng.random(),
+        )
         around = pressure(
             num_running=rng.randint(1, 50), num_batch_tokens=rng.randint(0, 400), num_saved_host_blocks=rng.randint(0, 99),
             out_queue_s=rng.random(), num_pool_blocks=rng.randint(1, 1000),
