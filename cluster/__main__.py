@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "serve": ("cluster.serve", "start Ray on this machine and serve the model until Ctrl-C"),
     "status": ("cluster.status", "show the replicas of a running application"),
+    "policy": ("cluster.policy", "let running replicas follow another preemption policy"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
     "bench-http": ("cluster.bench_http", "compare this endpoint with plain vLLM's server over HTTP"),

@@ -5,11 +5,12 @@ Rule: it asks the replicas, not the engines; a replica answers from its engine's
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from cluster.running import ask_replicas, connected
 
 COLUMNS = (
     ("replica", 12), ("policy", 10), ("running", 8), ("waiting", 8), ("kv used", 8), ("swaps", 8), ("recomputes", 11),
@@ -29,27 +30,18 @@ def main(options: argparse.Namespace) -> int:
     if options.interval_s <= 0:
         print("Error: --interval-s must be above 0.", file=sys.stderr)
         return 2
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    import ray
-
     try:
-        ray.init(address=options.address, namespace="serve", log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError):
-        print("Error: no Ray cluster answers: start one with `make serve`, or give --address.", file=sys.stderr)
+        with connected(options.address):
+            return _show(options)
+    except LookupError as error:
+        print(f"Error: {error}", file=sys.stderr)
         return 2
-    try:
-        return _show(options)
     except KeyboardInterrupt:
         return 0
-    finally:
-        ray.shutdown()
 
 
 def _show(options: argparse.Namespace) -> int:
     before = fetch()
-    if not before:
-        print("Error: no application of ours is running: start one with `make serve`.", file=sys.stderr)
-        return 2
     while True:
         # A rate takes two looks.
         time.sleep(options.interval_s)
@@ -68,18 +60,8 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def fetch() -> dict[str, dict[str, Any]]:
-    """Ask all replicas of all our applications; replica name to its status, with the time of the look."""
-    from ray import serve
-
-    found = {}
-    for application, status in serve.status().applications.items():
-        for deployment in status.deployments:
-            if not deployment.startswith("AdaptiveLLMServer:"):
-                continue
-            handle = serve.get_deployment_handle(deployment, application)
-            for answer in handle.broadcast("status").results(timeout_s=10):
-                found[answer["replica"]] = {**answer, "application": application, "seen_s": time.monotonic()}
-    return found
+    """Replica name to its status."""
+    return {answer["replica"]: answer for answer in ask_replicas("status")}
 
 
 def summarise(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:

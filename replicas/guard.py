@@ -1,26 +1,25 @@
 """The do-no-harm guard: when adaptive preemption must give way to vLLM's own behaviour (its victim, recomputed).
 
-What a sample is: log(measured / predicted seconds) of one preemption, so that twice and half are equally wrong.
-- Times below `floor_s` count as `floor_s`: a recomputation that fits into free compute is predicted to cost nothing, and its
-  measurement, a difference of step times, may come out negative. A measurement that is not finite is counted, not used.
-- A sample is clipped at three times the trip limit, so that a third of the window must be wrong to trip it, never one outlier.
+A sample is log(measured / predicted seconds) of one preemption, so that twice and half are equally wrong.
+- Times below `floor_s` count as `floor_s`: what a recomputation took is a difference of step times and may be negative. A
+  measurement that is not finite is counted, not used.
+- A sample is clipped at three trip limits: more than a third of the window's weight must be wrong to trip the guard.
 
-What counts as wrong, with m an action's mean over its last samples (in logs, where factors are distances):
-- Prices are only compared with each other: an error that both actions share leaves every choice as it is, and some of it is
-  always shared (the lower price wins, hence the lucky error). What spoils choices is the distance |m_swap - m_recompute|.
-- A shared error counts half. A model that is wrong by the square of the ratio is no model, and close to the clip the distance
-  would not show.
-- As long as only one action has `min_samples`, it counts alone, and only if it took longer than predicted: an action that is
+What counts as wrong, with m the mean of an action's last samples:
+- Prices are only compared with each other: an error that both actions share changes no choice, and some of it always is
+  shared (the lower price wins, hence the lucky error). What spoils choices is the distance |m_swap - m_recompute|.
+- A shared error counts half: a model that is wrong by the ratio squared is none, and clipping would hide the distance.
+- While only one action has `min_samples` it counts alone, and only if it took longer than predicted: an action that is
   better than its price was not chosen by mistake.
 
 How modes change:
-- The guard trips above log(trip_ratio) and returns below log(return_ratio). The action to blame starts over when it trips: its
-  old samples say nothing about a recovery, so `min_samples` new ones are needed. Recomputations go on in stock mode and
-  bring theirs; swaps come from probes, one in `probe_every` preemptions.
-- It trips on throughput too, compared under pressure with stock windows of about the same load; it never asks for stock
-  windows in order to compare. There is no shadow of throughput: it returns when the hold is over, and is judged again.
+- The guard trips above log(trip_ratio) and returns below log(return_ratio). The action to blame starts over when it trips,
+  for its old samples say nothing about a recovery: `min_samples` new ones are needed. Recomputations go on in stock mode
+  and bring theirs; swaps come from probes, one in `probe_every` preemptions.
+- Throughput trips it too: an adaptive window against stock windows of about the same load, all under pressure. The guard
+  never asks for stock windows in order to compare. Nothing shadows throughput: a return is a new try, judged again.
 - It returns `hold_s` after the trip at the earliest. A relapse within `cooldown_s` of a return doubles that time.
-- The same calls give the same answers; the time is a parameter and never runs backwards.
+- The same calls give the same answers; time is a parameter and never runs backwards.
 """
 
 import math
@@ -41,11 +40,7 @@ LOAD_TOLERANCE = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardSettings:
-    """When the guard trips and returns.
-
-    Raises:
-        ValueError: A setting outside its range.
-    """
+    """When the guard trips and returns; a setting out of its range is a `ValueError`."""
 
     trip_ratio: float = 3.0
     return_ratio: float = 2.0
@@ -123,7 +118,7 @@ class Guard:
         self._errors = {action: _RunningMean(settings.window_samples) for action in Action}
         self._watch = _ThroughputWatch(settings)
         self._now_s = -math.inf
-        self._since_s: float | None = None
+        self._since_s = -math.inf
         self._hold_s = settings.hold_s
         self._reason: str | None = None
         self._blamed: Action | None = None
@@ -159,14 +154,14 @@ class Guard:
         """Take one report; several make a window, and a change of `adaptive` begins a new one.
 
         Args:
-            num_tokens: Output tokens delivered since the last report; recomputed ones do not count.
+            num_tokens: Output tokens delivered since the last report.
             num_preemptions: Preemptions since the last report; a window without any says nothing.
             num_running: Running requests now.
             adaptive: Whether adaptive decisions are in force now, probes aside.
         """
         assert min(num_tokens, num_preemptions, num_running) >= 0, "a negative count in a throughput report"
         self._advance(now_s)
-        complaint = self._watch.report(now_s, num_tokens, num_preemptions, num_running, adaptive)
+        complaint = self._watch.add(now_s, num_tokens, num_preemptions, num_running, adaptive)
         if complaint is not None and not self.active:
             self._trip(complaint, blamed=None)
         self._review()
@@ -186,7 +181,7 @@ class Guard:
             active=self.active,
             reason=self._reason,
             blamed=self._blamed,
-            since_s=self._since_s,
+            since_s=self._since_s if math.isfinite(self._since_s) else None,
             hold_s=self._hold_s,
             ratios={action: math.exp(error.mean) for action, error in self._errors.items() if error.num_samples},
             num_samples={action: error.num_samples for action, error in self._errors.items()},
@@ -201,10 +196,9 @@ class Guard:
             assert abs(error.mean) <= clip + 1e-9, f"the mean of {action} is {error.mean}, beyond the clip {clip}"
         assert 0 <= self._num_since_probe < settings.probe_every, f"{self._num_since_probe} preemptions without a probe"
         assert settings.hold_s <= self._hold_s <= settings.max_hold_s, f"the hold is {self._hold_s} s"
-        assert self._since_s is None or self._since_s <= self._now_s, "the mode began in the future"
+        assert self._since_s <= self._now_s, "the mode began in the future"
         if self.active:
-            assert self._since_s is not None, "active without a beginning"
-            assert self._num_trips > 0, "active without a trip"
+            assert math.isfinite(self._since_s), "active without a beginning"
         else:
             assert self._blamed is None, f"{self._blamed} is blamed for nothing"
             assert self._error() <= self._trip_limit, "wrong predictions, and the guard is not active"
@@ -226,21 +220,18 @@ class Guard:
     def _review(self) -> None:
         error = self._error()
         if self.active:
-            if error < self._return_limit and self._may_return():
+            recovered = self._blamed is None or self._blamed in self._known()
+            held = self._now_s - self._since_s >= self._hold_s
+            if recovered and held and error < self._return_limit:
                 self._since_s, self._reason, self._blamed = self._now_s, None, None
         elif error > self._trip_limit:
             ratios = {action: math.exp(self._errors[action].mean) for action in self._known()}
             told = " and ".join(f"{action} takes {ratio:.2g} times" for action, ratio in ratios.items())
             self._trip(f"{told} as long as predicted.", blamed=max(ratios, key=lambda a: abs(self._errors[a].mean)))
 
-    def _may_return(self) -> bool:
-        assert self._since_s is not None, "active without a beginning"
-        recovered = self._blamed is None or self._blamed in self._known()
-        return recovered and self._now_s - self._since_s >= self._hold_s
-
     def _trip(self, reason: str, *, blamed: Action | None) -> None:
         assert not self.active, "an active guard tripped"
-        relapsed = self._since_s is not None and self._now_s - self._since_s < self.settings.cooldown_s
+        relapsed = self._now_s - self._since_s < self.settings.cooldown_s
         self._hold_s = min(2 * self._hold_s, self.settings.max_hold_s) if relapsed else self.settings.hold_s
         self._since_s, self._reason, self._blamed = self._now_s, reason, blamed
         self._num_since_probe = 0
@@ -282,10 +273,8 @@ class _ThroughputWatch:
         self._window: _Window | None = None
         self._forget()
 
-    def report(
-        self, now_s: float, num_tokens: int, num_preemptions: int, num_running: int, adaptive: bool
-    ) -> str | None:
-        """Take one report; return a complaint if it ends an adaptive window that is too slow."""
+    def add(self, now_s: float, num_tokens: int, num_preemptions: int, num_running: int, adaptive: bool) -> str | None:
+        """Take one report; return a complaint when it ends an adaptive window that is too slow."""
         window = self._window
         if window is None or window.adaptive != adaptive:
             self._window = _Window(now_s, adaptive)  # this report's tokens are from before: another mode, or unknown
@@ -311,9 +300,7 @@ class _ThroughputWatch:
             self._tokens_per_s.add(tokens_per_s)
             self._num_running.add(num_running)
         elif comparable and tokens_per_s < self._settings.throughput_floor * baseline:
-            return (
-                f"{tokens_per_s:.0f} tokens/s are delivered under pressure where stock behaviour gave {baseline:.0f}."
-            )
+            return f"{tokens_per_s:.0f} tokens/s are delivered under pressure; stock behaviour gave {baseline:.0f}."
         return None
 
     def _forget(self) -> None:

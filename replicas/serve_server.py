@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import msgspec
+from ray import serve
 from ray.serve.llm import LLMServer
 from ray.util.metrics import Counter, Gauge
 
@@ -40,6 +41,7 @@ class AdaptiveLLMServer(LLMServer):
         """Open the channel, then start the engine."""
         self._totals: EngineTotals | None = None
         self._totals_at_s = 0.0
+        self._name = serve.get_replica_context().replica_id.unique_id
         self._metrics = _Metrics()
         self._channel = ServerEnd()
         os.environ[CHANNEL_VARIABLE] = self._channel.address
@@ -51,19 +53,20 @@ class AdaptiveLLMServer(LLMServer):
         """What the engine last reported, and how many seconds ago; `totals` is None before its first step."""
         totals = self._totals
         return {
-            "replica": os.environ.get("RAY_SERVE_REPLICA_ID", "") or f"pid-{os.getpid()}",
+            "replica": self._name,
             "pid": os.getpid(),
             "age_s": round(time.monotonic() - self._totals_at_s, 3) if totals else None,
             "totals": msgspec.to_builtins(totals) if totals else None,
         }
 
-    async def set_policy(self, preemption: str) -> bool:
-        """Let the engine follow another preemption policy; False when it does not take the message within a second.
+    async def set_policy(self, preemption: str) -> dict[str, Any]:
+        """Let the engine follow another preemption policy; `taken` is False when it does not take the message in a second.
 
         Raises:
             ValueError: No such policy.
         """
-        return await self._channel.send(SetPolicy(preemption=parse_policy(preemption)))
+        taken = await self._channel.send(SetPolicy(preemption=parse_policy(preemption)))
+        return {"replica": self._name, "taken": taken}
 
     async def check_health(self) -> None:
         """The engine's health, and that its reports are still read."""

@@ -38,7 +38,7 @@ SHELLS = {
     "cluster/ray_internals.py": "names Ray's internals for this folder",
     "replicas/ray_internals.py": "names Ray's internals for this folder, apart from vLLM's",
     "cluster/serve.py": "starts Ray and deploys the application",
-    "cluster/status.py": "asks the replicas through Ray",
+    "cluster/running.py": "asks the replicas through Ray",
     "cluster/models.py": "converts the default model with torch and transformers",
     "cluster/bench_engine.py": "runs vLLM engines to measure them",
 }

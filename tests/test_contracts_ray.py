@@ -101,6 +101,14 @@ def test_what_serve_reads_from_the_environment_still_has_these_names() -> None:
         assert hasattr(constants, name), f"cluster/app.py, cluster/serve.py: {name}"
 
 
+def test_a_replica_knows_its_name() -> None:
+    from ray.serve._private.common import ReplicaID
+    from ray.serve.context import ReplicaContext
+
+    assert "replica_id" in ReplicaContext.__dataclass_fields__, "replicas/serve_server.py"
+    assert "unique_id" in ReplicaID.__dataclass_fields__, "replicas/serve_server.py"
+
+
 def test_a_handle_reaches_all_replicas() -> None:
     from ray.serve.handle import DeploymentHandle
 

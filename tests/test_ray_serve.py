@@ -233,6 +233,17 @@ def test_status_shows_both_replicas(running: Running) -> None:
     assert {replica["preemption"] for replica in replicas if "preemption" in replica} == {"swap"}
 
 
+def test_a_running_application_follows_another_policy(running: Running) -> None:
+    before = {replica["preemption"] for replica in status(running)}
+    for policy in ("recompute", before.pop()):
+        command = [sys.executable, "-m", "cluster", "policy", policy]
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
+        assert answer.stdout.count(f": {policy}\n") == 2
+        for _ in range(8):  # a step of each engine
+            assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 2}).status_code == 200
+        assert {replica["preemption"] for replica in status(running)} == {policy}
+
+
 def test_a_client_that_leaves_frees_its_request(running: Running) -> None:
     body = {"model": MODEL, "prompt": "Count:", "max_tokens": 1900, "ignore_eos": True, "stream": True}
     headers = {"authorization": f"Bearer {running.key}"}

@@ -1,0 +1,48 @@
+"""Talks to the replicas of the applications that run on a Ray cluster, for commands of people and scripts."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Join the Ray cluster for the duration of the block.
+
+    Raises:
+        LookupError: None answers; one sentence with the mend.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    try:
+        ray.init(address=address, namespace="serve", log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError):
+        raise LookupError("no Ray cluster answers: start one with `make serve`, or give --address.") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
+    """Call a method of every replica of all our applications; each answer with its application and the time it came.
+
+    Raises:
+        LookupError: No application of ours is running.
+    """
+    from ray import serve
+
+    found = []
+    for application, status in serve.status().applications.items():
+        for deployment in status.deployments:
+            if not deployment.startswith("AdaptiveLLMServer:"):
+                continue
+            handle = serve.get_deployment_handle(deployment, application)
+            for answer in handle.broadcast(method, *arguments).results(timeout_s=10):
+                found.append({**answer, "application": application, "seen_s": time.monotonic()})
+    if not found:
+        raise LookupError("no application of ours is running: start one with `make serve`.")
+    return found
