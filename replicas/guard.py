@@ -106,8 +106,6 @@ class GuardState:
     num_unusable: int
     """Measurements that were not finite."""
 
-    num_trips: int
-
 
 class Guard:
     """Compares predicted with measured costs, and throughput with stock throughput; see the rules above."""
@@ -115,6 +113,7 @@ class Guard:
     def __init__(self, settings: GuardSettings) -> None:
         self.settings = settings
         self._trip_limit, self._return_limit = math.log(settings.trip_ratio), math.log(settings.return_ratio)
+        self._clip = CLIP_LIMITS * self._trip_limit
         self._errors = {action: _RunningMean(settings.window_samples) for action in Action}
         self._watch = _ThroughputWatch(settings)
         self._now_s = -math.inf
@@ -124,7 +123,6 @@ class Guard:
         self._blamed: Action | None = None
         self._num_since_probe = 0
         self._num_unusable = 0
-        self._num_trips = 0
 
     @property
     def active(self) -> bool:
@@ -143,9 +141,9 @@ class Guard:
         if not math.isfinite(measured_s):
             self._num_unusable += 1
             return
-        floor_s, clip = self.settings.floor_s, CLIP_LIMITS * self._trip_limit
+        floor_s = self.settings.floor_s
         log_ratio = math.log(max(measured_s, floor_s)) - math.log(max(predicted_s, floor_s))
-        self._errors[action].add(max(-clip, min(clip, log_ratio)))
+        self._errors[action].add(max(-self._clip, min(self._clip, log_ratio)))
         self._review()
 
     def observe_throughput(
@@ -186,16 +184,14 @@ class Guard:
             ratios={action: math.exp(error.mean) for action, error in self._errors.items() if error.num_samples},
             num_samples={action: error.num_samples for action, error in self._errors.items()},
             num_unusable=self._num_unusable,
-            num_trips=self._num_trips,
         )
 
     def check(self) -> None:
         """Assert that mode, reason and errors agree and every counter is in its range."""
-        settings, clip = self.settings, CLIP_LIMITS * self._trip_limit
         for action, error in self._errors.items():
-            assert abs(error.mean) <= clip + 1e-9, f"the mean of {action} is {error.mean}, beyond the clip {clip}"
-        assert 0 <= self._num_since_probe < settings.probe_every, f"{self._num_since_probe} preemptions without a probe"
-        assert settings.hold_s <= self._hold_s <= settings.max_hold_s, f"the hold is {self._hold_s} s"
+            assert abs(error.mean) <= self._clip + 1e-9, f"the mean of {action} is {error.mean}, beyond {self._clip}"
+        assert self._num_since_probe in range(self.settings.probe_every), f"no probe for {self._num_since_probe}"
+        assert self.settings.hold_s <= self._hold_s <= self.settings.max_hold_s, f"the hold is {self._hold_s} s"
         assert self._since_s <= self._now_s, "the mode began in the future"
         if self.active:
             assert math.isfinite(self._since_s), "active without a beginning"
@@ -225,9 +221,9 @@ class Guard:
             if recovered and held and error < self._return_limit:
                 self._since_s, self._reason, self._blamed = self._now_s, None, None
         elif error > self._trip_limit:
-            ratios = {action: math.exp(self._errors[action].mean) for action in self._known()}
-            told = " and ".join(f"{action} takes {ratio:.2g} times" for action, ratio in ratios.items())
-            self._trip(f"{told} as long as predicted.", blamed=max(ratios, key=lambda a: abs(self._errors[a].mean)))
+            means = {action: self._errors[action].mean for action in self._known()}
+            told = " and ".join(f"{action} takes {math.exp(mean):.2g} times" for action, mean in means.items())
+            self._trip(f"{told} as long as predicted.", blamed=max(means, key=lambda action: abs(means[action])))
 
     def _trip(self, reason: str, *, blamed: Action | None) -> None:
         assert not self.active, "an active guard tripped"
@@ -235,7 +231,6 @@ class Guard:
         self._hold_s = min(2 * self._hold_s, self.settings.max_hold_s) if relapsed else self.settings.hold_s
         self._since_s, self._reason, self._blamed = self._now_s, reason, blamed
         self._num_since_probe = 0
-        self._num_trips += 1
         if blamed is not None:
             self._errors[blamed] = _RunningMean(self.settings.window_samples)
 
