@@ -165,10 +165,7 @@ class Guard:
         self._review()
 
     def allow_probe(self) -> bool:
-        """Whether the preemption at hand may follow the adaptive decision although the guard is active.
-
-        Ask once per preemption, and only while the guard is active.
-        """
+        """Whether the preemption at hand may be adaptive although the guard is active; ask once for each, only then."""
         assert self.active, "there is nothing to probe while the guard is not active"
         self._num_since_probe = (self._num_since_probe + 1) % self.settings.probe_every
         return self._num_since_probe == 0
