@@ -152,6 +152,7 @@ def run(file: ServeFile, dashboard_port: int, say: Callable[[str], None], stop: 
     loading.start()
     try:
         context = ray.init(
+            address="local",  # a Ray that runs here already is somebody else's
             # Logical CPUs book room, they do not pin: a small machine must not refuse what fits its memory.
             num_cpus=max(os.cpu_count() or 1, 2, round_up_cpus(file.args)),
             include_dashboard=True,
@@ -183,6 +184,7 @@ def run(file: ServeFile, dashboard_port: int, say: Callable[[str], None], stop: 
 
 def prepare_environment() -> None:
     """Set what Ray reads from the environment before it is imported."""
+    os.environ.pop("RAY_ADDRESS", None)  # we start our own, whoever's cluster this names
     os.umask(0o077)  # Ray writes its authentication token and logs with the default mode
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

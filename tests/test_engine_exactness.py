@@ -115,14 +115,15 @@ def test_the_very_bytes_of_a_block_come_back_though_freed_blocks_are_overwritten
         connector = worker_connector()
         most = 64 * PRESSURE["num_blocks"]  # a larger host pool would never be filled
         assert connector.num_slots == scheduler_of(llm)._swap.num_slots == most < AMPLE_HOST_BYTES // BLOCK_BYTES
-        copy_out, copy_in = connector._copier.copy_out, connector._copier.copy_in
+        copier = connector._worker._copier
+        copy_out, copy_in = copier.copy_out, copier.copy_in
         handle_preemptions = connector.handle_preemptions
         free_queue = scheduler_of(llm).kv_cache_manager.block_pool.free_block_queue
 
         def poison_free_blocks_after(metadata: Any) -> None:
             handle_preemptions(metadata)
             free = [block.block_id for block in free_queue.get_all_free_blocks()]
-            for rows in connector._copier._device_rows:
+            for rows in copier._device_rows:
                 rows[free] = 0x47  # as a float about 51,000: no token would survive reading it
 
         def watched_copy_out(blocks: list[int], slots: list[int]) -> None:
@@ -143,10 +144,10 @@ def test_the_very_bytes_of_a_block_come_back_though_freed_blocks_are_overwritten
                 for cache in kv_caches_of(llm)
             ]
             data = b"".join(part.contiguous().numpy().tobytes() for part in parts)
-            assert len(data) == BLOCK_BYTES == connector._copier.block_bytes
+            assert len(data) == BLOCK_BYTES == copier.block_bytes
             return data
 
-        connector._copier.copy_out, connector._copier.copy_in = watched_copy_out, watched_copy_in
+        copier.copy_out, copier.copy_in = watched_copy_out, watched_copy_in
         connector.handle_preemptions = poison_free_blocks_after
         stepper = Stepper(llm, FEW)
         stepper.finish()
@@ -213,7 +214,10 @@ def test_a_cache_reset_swaps_nothing_and_no_host_copy_survives_it(
 
 
 def test_prompt_log_probabilities_are_never_read_over_loaded_blocks(tiny_model: Path) -> None:
-    """A prompt preempted half-way: what vLLM has not computed since the resume it would read from uninitialised memory."""
+    """A prompt preempted half-way: what vLLM has not computed since the resume it would read from uninitialised memory.
+
+    Such requests are never swapped; and were one in the host pool all the same, nothing would be loaded for it.
+    """
     long_prompts = [job.prompt + job.prompt[::-1] + job.prompt for job in GREEDY if 100 < len(job.prompt) < 160]
     wanting = [Job(prompt=prompt, max_tokens=5, prompt_logprobs=1) for prompt in long_prompts]
     others = [job for job in GREEDY if len(job.prompt) < 100]
@@ -223,18 +227,29 @@ def test_prompt_log_probabilities_are_never_read_over_loaded_blocks(tiny_model: 
         calm.finish()
     with engine(tiny_model, "swap", **CHUNKED) as llm:
         stepper = Stepper(llm, jobs)
-        pool = stepper.scheduler._swap.planning.pool
-        loadable: dict[bool, int] = {True: 0, False: 0}  # by: wants log-probabilities of its prompt
         half_way = 0
+        preempt = stepper.scheduler._preempt_request
+
+        def watched_preempt(request: Any, *args: Any, **kwargs: Any) -> None:
+            nonlocal half_way
+            half_way += (
+                request.skip_reading_prefix_cache and 0 < request.num_computed_tokens < request.num_prompt_tokens
+            )
+            preempt(request, *args, **kwargs)
+
+        stepper.scheduler._preempt_request = watched_preempt
+        num_loadable = 0
         while stepper.busy:
             stepper.step()
             for index in stepper.swapped_out:
-                request, wants = stepper.scheduler.requests[stepper.ids[index]], bool(jobs[index].prompt_logprobs)
-                loadable[wants] += stepper.scheduler.connector.get_num_new_matched_tokens(request, 0)[0]
-                half_way += wants and pool.get(request.request_id).num_tokens < len(jobs[index].prompt)
+                request = stepper.scheduler.requests[stepper.ids[index]]
+                assert not jobs[index].prompt_logprobs
+                num_loadable += stepper.scheduler.connector.get_num_new_matched_tokens(request, 0)[0]
+                request.skip_reading_prefix_cache = True
+                assert stepper.scheduler.connector.get_num_new_matched_tokens(request, 0) == (0, False)
+                request.skip_reading_prefix_cache = False
         assert half_way, "no such prompt was preempted half-way"
-        assert loadable[True] == 0
-        assert loadable[False] > 0
+        assert num_loadable > 0
         assert stepper.tokens == calm.tokens
         assert stepper.prompt_logprobs.keys() == calm.prompt_logprobs.keys()
         assert_nothing_left(llm)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -45,10 +46,13 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, st
     file.write_text(yaml.safe_dump(config))
     dashboard = f"http://127.0.0.1:{dashboard_port}"
     with ExitStack() as nodes:
+        # Short, for the sockets in it; and not Ray's own, where this cluster's address would outlive it.
+        ray_folder = nodes.enter_context(TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True))
         nodes.enter_context(
             node(
                 elsewhere,
                 "--head",
+                f"--temp-dir={ray_folder}",
                 f"--port={gcs_port}",
                 "--include-dashboard=true",
                 f"--dashboard-port={dashboard_port}",

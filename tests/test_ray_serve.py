@@ -44,10 +44,13 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
+    """The service, started where another Ray cluster is said to be at hand: it must not matter."""
     port = free_port()
+    elsewhere = {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster", "serve", "--port", str(port), "--dashboard-port", str(free_port())],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment() | elsewhere,
+        start_new_session=True,
     )  # fmt: skip
     lines, key = [], ""
     assert process.stdout is not None
