@@ -237,8 +237,8 @@ class Engine:
         scheduler._preempt_request = watched_preempt
 
     def _swaps(self) -> int:
-        counts = getattr(self.scheduler, "num_preemptions", None)  # ours only; vLLM's own only ever recomputes
-        return int(counts["swap"]) if counts else 0
+        preemptor = getattr(self.scheduler, "preemptor", None)  # ours only; vLLM's own only ever recomputes
+        return int(preemptor.num_preemptions["swap"]) if preemptor else 0
 
     def run(self, requests: Sequence[RequestSpec], *, limit_s: float) -> RunResult:
         """Drive the engine through the requests in real time."""

@@ -112,7 +112,7 @@ def snapshot(config: dict[str, Any], calibration: Calibration, block_bytes: int,
         ModelShape.from_config(config), HARDWARE["cpu"], model="", parallelism=1, block_size=block_size,
         block_bytes=block_bytes,
     )  # fmt: skip
-    return replace(analytic, version=1, ridge_tokens=0.0, token_s=calibration.ttft_s_per_prompt_token, attention_s=0.0)
+    return replace(analytic, ridge_tokens=0.0, token_s=calibration.ttft_s_per_prompt_token, attention_s=0.0)
 
 
 def compare(runs: dict[str, list[RunResult]], calibration: Calibration) -> dict[str, Any]:

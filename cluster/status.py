@@ -13,7 +13,7 @@ from typing import Any
 from cluster.running import ask_replicas, connected
 
 COLUMNS = (
-    ("replica", 12), ("policy", 10), ("running", 8), ("waiting", 8), ("kv used", 8), ("swaps", 8), ("recomputes", 11),
+    ("replica", 12), ("policy", 20), ("running", 8), ("waiting", 8), ("kv used", 8), ("swaps", 8), ("recomputes", 11),
     ("host pool", 12), ("tokens/s", 9), ("age s", 6),
 )  # fmt: skip
 
@@ -86,7 +86,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [row["replica"][-10:], "-", "0", "0", "0 %", "0", "0", "-", "0", "-"]
         else:
             cells = [
-                row["replica"][-10:], row["preemption"], row["num_running"], row["num_waiting"],
+                row["replica"][-10:], row["preemption"] + (" (guarded)" if row["guarded"] else ""),
+                row["num_running"], row["num_waiting"],
                 f"{100 * row['kv_used_fraction']:.0f} %", row["swaps"], row["recomputes"],
                 f"{row['num_used_host_slots']}/{row['num_host_slots']}", row["tokens_per_s"], f"{row['age_s']:.1f}",
             ]  # fmt: skip

@@ -42,6 +42,12 @@ class SwapConfig:
     cost_snapshot: str | None = None
     """JSON of a `cost_service.snapshot.CostSnapshot`; None: the analytic one of model and hardware."""
 
+    verify_checksums: bool = False
+    """Whether a block is loaded only if its bytes in host memory are still those that were saved; on CPU only."""
+
+    guard: bool = True
+    """Whether wrong predictions or a loss of throughput make adaptive preemption give way to vLLM's own; off to study it."""
+
     throttled_link_bytes_per_s: float | None = None
     """SIMULATED: transfers end as if over a link of this speed, to study slow links on CPU. None: no throttle."""
 
@@ -53,6 +59,9 @@ class SwapConfig:
             raise ValueError("host_pool_bytes must be a whole number of bytes.")
         if self.host_pool_bytes < 0:
             raise ValueError("host_pool_bytes must not be negative; 0 turns swapping off.")
+        for name in ("guard", "verify_checksums"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false.")
         if not 0 < self.max_tenant_fraction <= 1:
             raise ValueError("max_tenant_fraction must be above 0 and at most 1.")
         if self.throttled_link_bytes_per_s is not None and not 0 < self.throttled_link_bytes_per_s < math.inf:

@@ -1,8 +1,9 @@
 """The do-no-harm guard: when adaptive preemption must give way to vLLM's own behaviour (its victim, recomputed).
 
 A sample is log(measured / predicted seconds) of one preemption, so that twice and half are equally wrong.
-- Times below `floor_s` count as `floor_s`: what a recomputation took is a difference of step times and may be negative. A
-  measurement that is not finite is counted, not used.
+- Times below `floor_s` count as `floor_s`: what a recomputation took is a difference of step times and may be negative. So
+  do times below `harmless_s` of a sample: a swap that took 3 ms instead of 1 ms where a recomputation takes 10 ms was no
+  mistake. A measurement that is not finite is counted, not used.
 - A sample is clipped at three trip limits: more than a third of the window's weight must be wrong to trip the guard.
 
 What counts as wrong, with m the mean of an action's last samples:
@@ -134,14 +135,20 @@ class Guard:
         """Why, in one sentence; None while the guard is not active."""
         return self._reason
 
-    def observe(self, now_s: float, action: Action, *, predicted_s: float, measured_s: float) -> None:
-        """Compare one preemption's predicted with its measured cost, in either mode."""
+    def observe(
+        self, now_s: float, action: Action, *, predicted_s: float, measured_s: float, harmless_s: float = 0.0
+    ) -> None:
+        """Compare one predicted with its measured cost, in either mode.
+
+        Args:
+            harmless_s: Up to which time the action would have been right whatever was predicted.
+        """
         assert 0 <= predicted_s < math.inf, f"{action} was predicted to take {predicted_s} s"
         self._advance(now_s)
         if not math.isfinite(measured_s):
             self._num_unusable += 1
             return
-        floor_s = self.settings.floor_s
+        floor_s = max(self.settings.floor_s, harmless_s)
         log_ratio = math.log(max(measured_s, floor_s)) - math.log(max(predicted_s, floor_s))
         self._errors[action].add(max(-self._clip, min(self._clip, log_ratio)))
         self._review()

@@ -43,6 +43,22 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forb
 
     swaps: int
     recomputes: int
+    guarded: bool
+    """Whether the guard keeps the policy from deciding: preemptions are vLLM's own."""
+
+    guarded_steps: int
+    headroom_blocks: int
+    """KV blocks kept free at admission."""
+
+    num_retained_host_slots: int
+    """Host slots of spare copies, which make room when slots are wanted; not among the used ones."""
+
+    predicted_swap_s: float
+    """Seconds of engine time that the measured swaps were predicted to cost; the same of recomputations below."""
+
+    measured_swap_s: float
+    predicted_recompute_s: float
+    measured_recompute_s: float
     swapped_out_blocks: int
     swapped_in_blocks: int
     dropped_messages: int

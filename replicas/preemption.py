@@ -79,7 +79,7 @@ class FixedPolicy:
             if why is not None:
                 action = Action.RECOMPUTE
             decisions.append(_decision(victim, action, pressure, costs, why or "the policy swaps"))
-            pressure = _after(pressure, victim, action)
+            pressure = _after(pressure, victim, action, costs)
         return decisions
 
     def _act(self, victim: Candidate) -> Action:
@@ -129,7 +129,7 @@ class AdaptivePolicy:
             if why is not None:
                 action = Action.RECOMPUTE
             decisions.append(_decision(victim, action, pressure, costs, why or "lowest price per useful block"))
-            pressure = _after(pressure, victim, action)
+            pressure = _after(pressure, victim, action, costs)
         if not decisions and len(candidates) == 1:
             decisions = [_decision(candidates[0], Action.RECOMPUTE, pressure, costs, "frees no block")]
         return decisions
@@ -160,8 +160,11 @@ def no_swap(victim: Candidate, pressure: Pressure) -> str | None:
         return "nothing computed yet"
     if not victim.can_load:
         return "the request may not read loaded blocks"
-    if victim.num_blocks - victim.num_host_blocks > pressure.num_free_host_slots:
+    num_copied = max(0, victim.num_blocks - victim.num_host_blocks)
+    if num_copied > pressure.num_free_host_slots:
         return "the host pool has no room"
+    if num_copied > victim.num_host_slots:
+        return "the tenant's share of the host pool is full"
     return None
 
 
@@ -173,7 +176,7 @@ def _decision(
     )
 
 
-def _after(pressure: Pressure, victim: Candidate, action: Action) -> Pressure:
+def _after(pressure: Pressure, victim: Candidate, action: Action, costs: CostSnapshot) -> Pressure:
     """The pressure that is left once the victim has given way."""
     swapped = action is Action.SWAP
     copied = max(0, victim.num_blocks - victim.num_host_blocks) if swapped else 0
@@ -182,5 +185,5 @@ def _after(pressure: Pressure, victim: Candidate, action: Action) -> Pressure:
         num_needed_blocks=pressure.num_needed_blocks - victim.num_freed_blocks,
         num_running=max(1, pressure.num_running - 1),
         num_free_host_slots=pressure.num_free_host_slots - copied,
-        num_saved_host_blocks=pressure.num_saved_host_blocks + (victim.num_blocks if swapped else 0),
+        out_queue_s=pressure.out_queue_s + costs.link_block_s * copied,
     )

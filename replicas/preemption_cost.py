@@ -11,10 +11,12 @@ Terms (a comparison of FLOPs with bytes alone would always swap; these are what 
     swap      = 2 * fixed                                        overhead of two copies
               + out_block_s * copied + in_block_s * loaded       stall of the others while blocks are copied
               + loaded / pool * (latency + link_block_s * loaded)    blocks that are held but idle while they load
-              + (2 * latency + out queue + link_block_s * (copied + saved + loaded)) / running    the victim's own wait
+              + (latency + link_block_s * loaded) / running      the victim's own wait for its load
+              + max(0, latency + out queue + link_block_s * copied - resume wait) / running    and for its copy out
 with T tokens held, r of them likely to survive in the prefix cache until resume, n = T - r, slack = tokens that the step
-can take for nothing (up to the ridge), copied = blocks not in host memory yet, loaded = blocks beyond the surviving ones,
-saved = blocks of others that must come back over the same link.
+can take for nothing (up to the ridge), copied = blocks not in host memory yet, loaded = blocks beyond the surviving ones.
+A victim waits for blocks whatever is done with it (resume wait: how long the last ones did); its copy out delays it only
+by what it takes beyond that.
 """
 
 from collections.abc import Sequence
@@ -50,6 +52,9 @@ class Candidate:
     num_host_blocks: int = 0
     """Blocks whose copy is in host memory already."""
 
+    num_host_slots: int = 1 << 40
+    """Host slots that the request may take on top, within its tenant's share."""
+
     num_remaining_tokens: int = 1 << 20
     """Output tokens that are still to come at most, or are predicted to."""
 
@@ -72,13 +77,13 @@ class Pressure:
     """Tokens of the step without any re-prefill."""
 
     num_free_host_slots: int
-    """Host slots that can be taken now, one KV block each."""
-
-    num_saved_host_blocks: int = 0
-    """Blocks of swapped-out requests, which must all come back."""
+    """Host slots that can be taken now, one KV block each; retained copies make room."""
 
     out_queue_s: float = 0.0
     """Seconds until the link to host memory is free."""
+
+    resume_wait_s: float = 0.0
+    """Seconds for which a victim waits for blocks anyway; a transfer costs it only what it takes beyond them."""
 
     unsafe: str | None = None
     """Why nothing may be swapped here at all, or None."""
@@ -101,19 +106,31 @@ def prices(candidate: Candidate, pressure: Pressure, costs: CostSnapshot) -> Pri
     """Price both actions for one candidate."""
     copied, loaded = _copied(candidate), _loaded(candidate, costs.block_size)
     new, slack = candidate.num_tokens - candidate.num_surviving_tokens, _slack(pressure, costs)
-    waiting = 2 * costs.link_latency_s + pressure.out_queue_s
-    waiting += costs.link_block_s * (copied + pressure.num_saved_host_blocks + loaded)
+    out_s = pressure.out_queue_s + costs.link_latency_s + costs.link_block_s * copied
+    in_s = costs.link_latency_s + costs.link_block_s * loaded
     terms = {
         "recompute_overhead": costs.recompute_fixed_s,
         "recompute_tokens": costs.token_s * max(0.0, new - slack),
         "recompute_attention": costs.attention_s * _attention(candidate),
         "swap_overhead": 2 * costs.swap_fixed_s,
         "swap_stall": costs.out_block_s * copied + costs.in_block_s * loaded,
-        "swap_hold": loaded / pressure.num_pool_blocks * (costs.link_latency_s + costs.link_block_s * loaded),
-        "swap_wait": waiting / pressure.num_running,
+        "swap_hold": loaded / pressure.num_pool_blocks * in_s,
+        "swap_wait": (in_s + max(0.0, out_s - pressure.resume_wait_s)) / pressure.num_running,
     }
     of = {action: sum(s for name, s in terms.items() if name.startswith(action)) for action in ("recompute", "swap")}
     return Prices(recompute_s=of["recompute"], swap_s=of["swap"], terms_s=terms)
+
+
+def prefill_s(chunks: Sequence[tuple[int, int]], *, num_decodes: int, costs: CostSnapshot) -> float:
+    """Seconds that prefills add to a step of decodes, as recomputations are priced.
+
+    Args:
+        chunks: Per request the tokens that it had before, and those that it computes in this step.
+    """
+    slack = max(0.0, costs.ridge_tokens - num_decodes)
+    attention = sum((first + num) ** 2 - first**2 for first, num in chunks)
+    num_tokens = sum(num for _, num in chunks)
+    return costs.recompute_fixed_s + costs.token_s * max(0.0, num_tokens - slack) + costs.attention_s * attention
 
 
 class CandidateTable:
@@ -144,26 +161,28 @@ class CandidateTable:
         ]
         table = np.array(rows, dtype=np.float64).reshape(len(rows), 8)
         self._features = np.ascontiguousarray(table[:, :6])
-        may_load = np.array([c.can_load for c in self.candidates], dtype=bool)
+        may_load = np.array([c.can_load and _copied(c) <= c.num_host_slots for c in self.candidates], dtype=bool)
         self.num_copied = np.where(may_load, table[:, 3], np.inf)
         self.num_freed = table[:, 6]
         self.benefit = self.num_freed * np.minimum(1.0, table[:, 7] / horizon_tokens)
 
     def price(self, pressure: Pressure, costs: CostSnapshot) -> NDArray[np.float64]:
         """Seconds of shape (candidates, 2): recompute and swap; a swap that has no room is infinite."""
-        running, pool, link = pressure.num_running, pressure.num_pool_blocks, costs.link_block_s
-        waiting = 2 * costs.link_latency_s + pressure.out_queue_s + link * pressure.num_saved_host_blocks
+        pool, running, link = pressure.num_pool_blocks, pressure.num_running, costs.link_block_s
+        beyond_s = pressure.out_queue_s + costs.link_latency_s - pressure.resume_wait_s
         weights = np.array(
-            (
-                (costs.recompute_fixed_s, 2 * costs.swap_fixed_s + waiting / running),
-                (costs.token_s, 0.0),
-                (costs.attention_s, 0.0),
-                (0.0, costs.out_block_s + link / running),
-                (0.0, costs.in_block_s + link / running + costs.link_latency_s / pool),
-                (0.0, link / pool),
+            (  # recompute, swap without the wait for the copy out, copy out beyond the resume wait
+                (costs.recompute_fixed_s, 2 * costs.swap_fixed_s + costs.link_latency_s / running, beyond_s),
+                (costs.token_s, 0.0, 0.0),
+                (costs.attention_s, 0.0, 0.0),
+                (0.0, costs.out_block_s, link),
+                (0.0, costs.in_block_s + link / running + costs.link_latency_s / pool, 0.0),
+                (0.0, link / pool, 0.0),
             )
         )
-        table: NDArray[np.float64] = self._features @ weights
+        terms: NDArray[np.float64] = self._features @ weights
+        table = terms[:, :2]
+        table[:, 1] += np.maximum(0.0, terms[:, 2]) / running
         if slack := _slack(pressure, costs):
             table[:, 0] -= costs.token_s * np.minimum(self._features[:, 1], slack)
         if pressure.unsafe is not None:

@@ -96,6 +96,15 @@ class _Metrics:
             "adaptivellm_preemptions_total", description="Requests that gave way.", tag_keys=("action",)
         )
         self._output_tokens = Counter("adaptivellm_output_tokens_total", description="Tokens delivered.")
+        self._seconds = Counter(
+            "adaptivellm_preemption_seconds_total",
+            description="Engine seconds that preemptions were predicted to cost, and did.",
+            tag_keys=("action", "kind"),
+        )
+        self._guarded = Gauge(
+            "adaptivellm_guard_active", description="1 while preemptions follow vLLM's own behaviour for safety."
+        )
+        self._headroom = Gauge("adaptivellm_headroom_blocks", description="KV blocks kept free at admission.")
         self._host_slots = Gauge(
             "adaptivellm_host_pool_blocks", description="KV blocks of the host pool.", tag_keys=("state",)
         )
@@ -112,5 +121,11 @@ class _Metrics:
         increment(self._preemptions, "swaps", {"action": "swap"})
         increment(self._preemptions, "recomputes", {"action": "recompute"})
         increment(self._output_tokens, "output_tokens")
-        self._host_slots.set(now.num_used_host_slots, tags={"state": "used"})
-        self._host_slots.set(now.num_host_slots - now.num_used_host_slots, tags={"state": "free"})
+        for kind in ("predicted", "measured"):
+            for action in ("swap", "recompute"):
+                increment(self._seconds, f"{kind}_{action}_s", {"action": action, "kind": kind})
+        self._guarded.set(float(now.guarded))
+        self._headroom.set(now.headroom_blocks)
+        used, retained = now.num_used_host_slots, now.num_retained_host_slots
+        for state, num in (("used", used), ("retained", retained), ("free", now.num_host_slots - used - retained)):
+            self._host_slots.set(num, tags={"state": state})

@@ -6,9 +6,28 @@ Rules:
   every step already launched and before the next one, and the host never waits.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+
+MEASURED_BLOCKS = (1, 9)
+"""Numbers of blocks whose copies are timed at start: their difference is the price of a block, the rest is fixed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopySpeeds:
+    """What copies take from the engine, measured."""
+
+    fixed_s: float
+    """Seconds that a step's copies of one direction take, whatever their number."""
+
+    out_block_s: float
+    in_block_s: float
 
 
 def bytes_per_block(kv_cache_config: object) -> int:
@@ -31,6 +50,7 @@ class BlockCopier:
             num_blocks: Blocks in the engine's pool; every storage holds a whole number of bytes per block.
             num_slots: Blocks that the host buffer holds.
         """
+        self._num_blocks, self._num_slots = num_blocks, num_slots
         self._device_rows = _unique_block_rows(kv_caches, num_blocks)
         self._on_cpu = all(rows.device.type == "cpu" for rows in self._device_rows)
         # Pinned memory lets CUDA copies run without a staging buffer; there is nothing to pin on CPU.
@@ -50,14 +70,43 @@ class BlockCopier:
         for device, host in zip(self._device_rows, self._host_rows, strict=True):
             self._copy(host, slots, device, blocks)
 
+    def checksum(self, slot: int) -> int:
+        """CRC-32 of a host slot's bytes in all layers; on CPU only, where a copy is complete when it returns."""
+        assert self._on_cpu, "a checksum of what may still be on its way"
+        return functools.reduce(lambda crc, host: zlib.crc32(host[slot].numpy(), crc), self._host_rows, 0)
+
     def zero(self, slots: Sequence[int]) -> None:
         """Overwrite host slots with zeros: they held another tenant's KV."""
         for host in self._host_rows:
-            host[torch.tensor(slots)] = 0
+            for slot in slots:
+                host[slot] = 0
+
+    def measure(self) -> CopySpeeds | None:
+        """Time copies between the first blocks and slots, before anything of use is in either; None where none fit."""
+        few, many = MEASURED_BLOCKS
+        if many > min(self._num_slots, self._num_blocks) or not self._on_cpu:
+            return None
+        rows = list(range(many))
+
+        def median_s(copy: Callable[[list[int], list[int]], None], num: int) -> float:
+            times_s = []
+            for _ in range(7):
+                start_s = time.perf_counter()
+                copy(rows[:num], rows[:num])
+                times_s.append(time.perf_counter() - start_s)
+            return statistics.median(times_s)
+
+        one_s = {copy: median_s(copy, few) for copy in (self.copy_out, self.copy_in)}
+        block_s = {copy: max(0.0, median_s(copy, many) - first_s) / (many - few) for copy, first_s in one_s.items()}
+        fixed_s = max(0.0, statistics.fmean(one_s[copy] - few * block_s[copy] for copy in one_s))
+        return CopySpeeds(fixed_s=fixed_s, out_block_s=block_s[self.copy_out], in_block_s=block_s[self.copy_in])
 
     def _copy(self, source: torch.Tensor, rows: Sequence[int], target: torch.Tensor, to_rows: Sequence[int]) -> None:
         if self._on_cpu:
-            target.index_copy_(0, torch.tensor(to_rows), source.index_select(0, torch.tensor(rows)))
+            # Thirty times as fast as torch's copies by index, which move single bytes.
+            from_bytes, to_bytes = source.numpy(), target.numpy()
+            for row, to_row in zip(rows, to_rows, strict=True):
+                to_bytes[to_row] = from_bytes[row]
             return
         for row, to_row in zip(rows, to_rows, strict=True):
             target[to_row].copy_(source[row], non_blocking=True)

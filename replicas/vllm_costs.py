@@ -10,7 +10,7 @@ from typing import Any
 from cost_service.analytic import HARDWARE, Hardware, ModelShape, analytic_snapshot
 from cost_service.snapshot import CostSnapshot
 from replicas.config import SwapConfig
-from replicas.vllm_block_copy import bytes_per_block
+from replicas.vllm_block_copy import CopySpeeds, bytes_per_block
 from replicas.vllm_internals import current_platform
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,13 @@ def costs_of(vllm_config: Any, kv_cache_config: Any, config: SwapConfig | None) 
             link_block_s=block_bytes / config.throttled_link_bytes_per_s,
         )
     return costs
+
+
+def with_copies(costs: CostSnapshot, speeds: CopySpeeds) -> CostSnapshot:
+    """Analytic costs with copies as the workers have measured them; learned costs know better and stay as they are."""
+    if costs.version > 0:
+        return costs
+    return replace(costs, swap_fixed_s=speeds.fixed_s, out_block_s=speeds.out_block_s, in_block_s=speeds.in_block_s)
 
 
 def _configured(vllm_config: Any, config: SwapConfig | None) -> CostSnapshot | None:

@@ -7,6 +7,7 @@ Source: vLLM 0.29 `v1/core/sched/scheduler.py` (`schedule`, the running loop), `
 from bisect import bisect_left
 from typing import Any
 
+from replicas.host_pool import HostBlockPool
 from replicas.preemption_cost import Candidate
 from replicas.vllm_internals import Request, Scheduler
 
@@ -23,6 +24,16 @@ class MemoryView:
         self._block_size: int = scheduler.block_size
         tokens = scheduler.max_num_scheduled_tokens + scheduler.max_num_running_reqs * scheduler.num_lookahead_tokens
         self._most_needed_beside_one_each = -(-tokens // self._block_size)
+        self._only_decodes = False
+
+    def scheduled(self, num_tokens: int) -> None:
+        """A step with so many tokens was scheduled: below its budget nobody has more than a token left to compute."""
+        scheduler = self._scheduler
+        self._only_decodes = (
+            num_tokens < scheduler.max_num_scheduled_tokens
+            and scheduler.scheduler_config.long_prefill_token_threshold == 0
+            and scheduler.num_lookahead_tokens == 0
+        )
 
     @property
     def num_free_blocks(self) -> int:
@@ -35,6 +46,12 @@ class MemoryView:
         skips a request; never less for decodes and prefills of text models.
         """
         scheduler, free = self._scheduler, self.num_free_blocks
+        if self._only_decodes:
+            if free >= len(scheduler.running):
+                return 0
+            # A request that computes one token needs a block where the last one is full.
+            size = self._block_size
+            return max(0, sum(request.num_computed_tokens % size == 0 for request in scheduler.running) - free)
         if free >= len(scheduler.running) + self._most_needed_beside_one_each:
             return 0
         budget, needed = scheduler.max_num_scheduled_tokens, 0
@@ -51,23 +68,26 @@ class MemoryView:
             needed += max(0, -(-slots // self._block_size) - len(self._blocks[request.request_id]))
         return max(0, needed - free)
 
-    def candidate(self, request: Request, *, num_host_blocks: int) -> Candidate:
+    def candidate(self, request: Request, host: HostBlockPool | None) -> Candidate:
         """The request as a candidate for giving way."""
+        tenant = tenant_of(request)
         blocks = self._blocks.get(request.request_id, [])
         # A block is shared only by requests that share all blocks before it too: the counts never rise along the list.
         num_shared = bisect_left(blocks, True, key=lambda block: block.ref_cnt <= 1)
         num_blocks = -(-request.num_computed_tokens // self._block_size)
         return Candidate(
             request_id=request.request_id,
-            tenant=tenant_of(request),
+            tenant=tenant,
             num_tokens=request.num_computed_tokens,
             num_blocks=num_blocks,
             num_freed_blocks=len(blocks) - num_shared,
             num_surviving_tokens=min(num_shared * self._block_size, request.num_computed_tokens),
-            num_host_blocks=num_host_blocks,
+            num_host_blocks=host.num_retained_blocks(request.request_id) if host else 0,
+            num_host_slots=host.num_available_slots(tenant, request.request_id) if host else 0,
             num_remaining_tokens=max(1, request.max_tokens - request.num_output_tokens),
             num_preemptions=request.num_preemptions,
-            can_load=not request.skip_reading_prefix_cache,
+            # A resumable session's tokens may be replaced, so that its blocks in host memory would be another text's.
+            can_load=not request.skip_reading_prefix_cache and not request.resumable,
         )
 
 

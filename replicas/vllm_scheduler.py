@@ -6,6 +6,7 @@ Rules:
   `reset_prefix_cache` (nothing survives it).
 - A policy that chooses victims does so ahead of vLLM's running loop, so that the loop finds room. In such a step nobody is
   admitted, as in any step of vLLM's that preempts: a victim never comes back in the step in which it went.
+- Blocks are kept free at admission through vLLM's own watermark, set anew in every step.
 - Without a connector, a channel or a stamp, nothing differs from vLLM's own scheduler until memory runs out, and then
   only the fate of the victim's blocks does.
 
@@ -16,16 +17,20 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 from replicas.channel import EngineEnd
 from replicas.config import PreemptionPolicy, parse_policy
+from replicas.guard import GuardSettings
 from replicas.messages import EngineTotals
 from replicas.parent_watch import watch_parent
-from replicas.preemption import Action, PreemptionDecision, policy_of
+from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Candidate, Pressure
-from replicas.vllm_costs import costs_of
+from replicas.preemption_meter import Prefill
+from replicas.preemptor import Preemptor
+from replicas.vllm_costs import costs_of, with_copies
 from replicas.vllm_internals import (
     AsyncScheduler,
     PauseState,
@@ -50,8 +55,13 @@ class _AdaptiveMixin(Scheduler):
         watch_parent()
         self._swap = self.connector if isinstance(self.connector, SwapConnector) else None
         self._unsafe = self._why_no_swap()
-        self._follow(self._swap.config.preemption if self._swap else PreemptionPolicy.RECOMPUTE)
-        self._costs = costs_of(self.vllm_config, self.kv_cache_config, self._swap.config if self._swap else None)
+        config = self._swap.config if self._swap else None
+        self.preemptor = Preemptor(
+            config.preemption if config else PreemptionPolicy.RECOMPUTE,
+            costs_of(self.vllm_config, self.kv_cache_config, config),
+            meter=self._swap.scheduling.meter if self._swap else None,
+            guard=GuardSettings() if config and config.guard else None,
+        )
         self._memory = MemoryView(self) if len(self.kv_cache_config.kv_cache_groups) == 1 else None
         self._decided: dict[str, PreemptionDecision] = {}
         self._resetting = False
@@ -65,39 +75,82 @@ class _AdaptiveMixin(Scheduler):
         self._sequence = 0
         self.num_steps = self.num_scheduled_tokens = 0
         self._num_output_tokens_of_freed = 0
-        self.num_preemptions = dict.fromkeys(Action, 0)
         self.num_swapped_out_blocks = self.num_swapped_in_blocks = 0
         self.last_decision: PreemptionDecision | None = None
+        self._stock_watermark_blocks = self.kv_cache_manager.watermark_blocks
+        self._step_began_s: float | None = None
+        """End of the step before, or begin of this one; None while the engine has nothing to do."""
+        self._reported = (0, 0)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's step, after what arrived on the channel and with room made where it was short."""
         if self._channel is not None:
             for message in self._channel.receive():
-                self._follow(parse_policy(message.preemption))
+                self.preemptor.follow(parse_policy(message.preemption))
+        if self._step_began_s is None:
+            self._step_began_s = time.monotonic()
         self._line_up_holders()
+        self.kv_cache_manager.watermark_blocks = self._stock_watermark_blocks + self.preemptor.headroom.num_blocks
         with self._nobody_admitted() if self._make_room() else nullcontext():
             output = super().schedule(*args, **kwargs)
         self.num_steps += 1
         self.num_scheduled_tokens += output.total_num_scheduled_tokens
+        if self._memory is not None:
+            self._memory.scheduled(output.total_num_scheduled_tokens)
         if self._swap is not None and (plan := output.kv_connector_metadata.plan):
             self.num_swapped_out_blocks += len(plan.out_blocks)
             self.num_swapped_in_blocks += len(plan.in_blocks)
         return output
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's update, then counters and the report to the server."""
-        outputs = super().update_from_output(*args, **kwargs)
-        if self._channel is not None:
-            now_s = time.monotonic()
-            # No step follows the one that leaves the engine idle, so its report cannot wait for the interval.
-            if now_s >= self._next_totals_s or not self.requests:
-                self._next_totals_s = now_s + TOTALS_INTERVAL_S
-                self._channel.send(self.totals())
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's update, then what the step teaches, counters, and the report to the server."""
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)
+        now_s = time.monotonic()
+        self._learn(scheduler_output, now_s)
+        # No step follows the one that leaves the engine idle, so its report cannot wait for the interval.
+        if now_s >= self._next_totals_s or not self.requests:
+            self._next_totals_s = now_s + TOTALS_INTERVAL_S
+            self._report(now_s)
         return outputs
+
+    def _learn(self, scheduled: SchedulerOutput, now_s: float) -> None:
+        """Let meter and headroom know how long the step took, and the costs what the workers have measured."""
+        if self._swap is not None and (speeds := self._swap.scheduling.take_speeds()) is not None:
+            self.preemptor.costs = with_copies(self.preemptor.costs, speeds)
+        began_s, self._step_began_s = self._step_began_s, now_s if self.running else None
+        if began_s is None or not scheduled.num_scheduled_tokens:
+            return
+        tokens = scheduled.num_scheduled_tokens
+        prefills = []
+        if scheduled.total_num_scheduled_tokens > len(tokens):
+            prefills = [
+                Prefill(request_id=name, first=max(0, self.requests[name].num_computed_tokens - num), num_tokens=num)
+                for name, num in tokens.items()
+                if num > 1 and name in self.requests
+            ]
+        self.preemptor.step_ended(
+            now_s, now_s - began_s, num_decodes=len(tokens) - len(prefills), prefills=prefills,
+            num_running=len(self.running),
+        )  # fmt: skip
+        if self._swap is not None:
+            self._swap.scheduling.step_s = now_s - began_s
+
+    def _report(self, now_s: float) -> None:
+        """Tell the guard what was delivered since the last report, and the server how things stand."""
+        tokens, preemptions = self.num_output_tokens, sum(self.preemptor.num_preemptions.values())
+        before_tokens, before_preemptions = self._reported
+        self._reported = (tokens, preemptions)
+        self.preemptor.report(
+            now_s, num_tokens=tokens - before_tokens, num_preemptions=preemptions - before_preemptions,
+            num_running=len(self.running),
+        )  # fmt: skip
+        if self._channel is not None:
+            self._channel.send(self.totals())
 
     def _free_blocks(self, request: Request) -> None:
         """Count the request's tokens, then let vLLM forget it: finished, aborted or failed, each comes here once."""
         self._num_output_tokens_of_freed += request.num_output_tokens
+        self.preemptor.meter.forget(request.request_id)
         super()._free_blocks(request)
 
     @property
@@ -109,27 +162,35 @@ class _AdaptiveMixin(Scheduler):
         """Decide the victim's fate while its blocks are still its own, then let vLLM preempt it."""
         decision = self._decided.pop(request.request_id, None)
         if decision is None:
-            candidate = self._candidate(request)
-            (decision,) = self._policy.choose([candidate], self._pressure(num_needed_blocks=1), self._costs)
+            decision = self.preemptor.decide(self._candidate(request), self._pressure(num_needed_blocks=1))
+        num_tokens, num_copied = request.num_computed_tokens, None
         if decision.action is Action.SWAP:
             assert self._swap is not None, "a swap was decided without a connector"
             (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
             # Zeroed by vLLM below. Tokens of steps in flight count: their KV is written before any copy of it is made.
-            self._swap.scheduling.swap_out(request, block_ids)
+            num_copied = self._swap.scheduling.swap_out(request, block_ids)
+            if num_copied is None:
+                # Another victim of this step took the room, with what this one had retained there.
+                decision = replace(decision, action=Action.RECOMPUTE, reason="the host pool has no room any more")
+        if num_copied is None and self._swap is not None:
+            self._swap.planning.release(request.request_id)  # copies of blocks that are computed anew
         if not self._resetting:
-            self.num_preemptions[decision.action] += 1
             self.last_decision = decision
+            self.preemptor.preempted(
+                decision, now_s=timestamp, num_tokens=num_tokens, num_running=max(1, len(self.running)),
+                num_copied_blocks=num_copied or 0,
+            )  # fmt: skip
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _make_room(self) -> bool:
         """Preempt ahead of vLLM's running loop what it would otherwise have to; whether anybody was."""
-        if not self._policy.ahead or self._memory is None or self._unsafe is not None or len(self.running) < 2:
+        if not self.preemptor.ahead or self._memory is None or self._unsafe is not None or len(self.running) < 2:
             return False
         missing = self._memory.num_missing_blocks()
-        if missing == 0:
+        if missing == 0 or not self.preemptor.lead():
             return False
         candidates = [self._candidate(request) for request in self.running]
-        decisions = self._policy.choose(candidates, self._pressure(num_needed_blocks=missing), self._costs)
+        decisions = self.preemptor.choose(candidates, self._pressure(num_needed_blocks=missing))
         self._decided = {decision.request_id: decision for decision in decisions}
         now_s = time.monotonic()
         for request in [request for request in self.running if request.request_id in self._decided]:
@@ -173,7 +234,7 @@ class _AdaptiveMixin(Scheduler):
         if self._memory is None:
             tokens = request.num_computed_tokens
             return Candidate(request_id=request.request_id, num_tokens=tokens, num_blocks=0, num_freed_blocks=0)
-        return self._memory.candidate(request, num_host_blocks=0)
+        return self._memory.candidate(request, self._swap.planning.pool if self._swap else None)
 
     def _pressure(self, *, num_needed_blocks: int) -> Pressure:
         pool = self._swap.planning.pool if self._swap else None
@@ -182,14 +243,11 @@ class _AdaptiveMixin(Scheduler):
             num_pool_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks,
             num_running=max(1, len(self.running)),
             num_batch_tokens=len(self.running),
-            num_free_host_slots=pool.num_free_slots if pool else 0,
-            num_saved_host_blocks=pool.num_used_slots if pool else 0,
+            num_free_host_slots=pool.num_free_slots + pool.num_retained_slots if pool else 0,
             out_queue_s=self._swap.scheduling.out_queue_s(time.monotonic()) if self._swap else 0.0,
+            resume_wait_s=self.preemptor.meter.resume_wait_s,
             unsafe="the cache is being reset" if self._resetting else self._unsafe,
         )
-
-    def _follow(self, policy: PreemptionPolicy) -> None:
-        self.policy_name, self._policy = policy, policy_of(policy)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """vLLM's reset. KV from before it is invalid: nothing is swapped in its course and no host copy survives."""
@@ -226,11 +284,11 @@ class _AdaptiveMixin(Scheduler):
         """Gauges of this moment and counters since the engine started."""
         self._sequence += 1
         pool = self._swap.planning.pool if self._swap else None
-        block_pool = self.kv_cache_manager.block_pool
+        block_pool, preemptor = self.kv_cache_manager.block_pool, self.preemptor
         return EngineTotals(
             epoch=self._epoch,
             sequence=self._sequence,
-            preemption=self.policy_name.value,
+            preemption=preemptor.name.value,
             num_running=len(self.running),
             num_waiting=len(self.waiting) + len(self.skipped_waiting),
             num_kv_blocks=block_pool.num_gpu_blocks,
@@ -240,8 +298,16 @@ class _AdaptiveMixin(Scheduler):
             steps=self.num_steps,
             scheduled_tokens=self.num_scheduled_tokens,
             output_tokens=self.num_output_tokens,
-            swaps=self.num_preemptions[Action.SWAP],
-            recomputes=self.num_preemptions[Action.RECOMPUTE],
+            swaps=preemptor.num_preemptions[Action.SWAP],
+            recomputes=preemptor.num_preemptions[Action.RECOMPUTE],
+            guarded=preemptor.guarded,
+            guarded_steps=preemptor.num_guarded_steps,
+            headroom_blocks=preemptor.headroom.num_blocks,
+            num_retained_host_slots=pool.num_retained_slots if pool else 0,
+            predicted_swap_s=preemptor.predicted_s[Action.SWAP],
+            measured_swap_s=preemptor.measured_s[Action.SWAP],
+            predicted_recompute_s=preemptor.predicted_s[Action.RECOMPUTE],
+            measured_recompute_s=preemptor.measured_s[Action.RECOMPUTE],
             swapped_out_blocks=self.num_swapped_out_blocks,
             swapped_in_blocks=self.num_swapped_in_blocks,
             dropped_messages=self._channel.num_dropped if self._channel else 0,

@@ -213,7 +213,7 @@ def run_engine(model: Path, policy: str, jobs: Sequence[Job], **changes: Any) ->
 def counters_of(llm: Any) -> dict[str, int]:
     """Preemptions, block copies and computed tokens so far; all zero for vLLM's own scheduler, which does not count."""
     scheduler = scheduler_of(llm)
-    preemptions = getattr(scheduler, "num_preemptions", {})
+    preemptions = scheduler.preemptor.num_preemptions if hasattr(scheduler, "preemptor") else {}
     return {
         "swaps": preemptions.get("swap", 0),
         "recomputes": preemptions.get("recompute", 0),

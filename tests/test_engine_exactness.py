@@ -49,7 +49,9 @@ def test_every_token_is_the_same_when_all_victims_are_swapped(
     if prefix_caching:
         assert 0 < run.swapped_in_blocks < run.swapped_out_blocks  # some of them are still in the engine's own cache
     else:
-        assert run.swapped_in_blocks == run.swapped_out_blocks
+        assert (
+            run.swapped_out_blocks < run.swapped_in_blocks
+        )  # what host memory has of a request is not copied out again
         # No token is computed twice. The last one of a job is delivered without being computed with.
         assert run.scheduled_tokens == sum(len(job.prompt) + job.max_tokens - 1 for job in jobs)
 
@@ -134,7 +136,7 @@ def test_the_very_bytes_of_a_block_come_back_though_freed_blocks_are_overwritten
             nonlocal num_checked
             copy_in(slots, blocks)
             for slot, block in zip(slots, blocks, strict=True):
-                assert block_bytes(block) == left.pop(slot)
+                assert block_bytes(block) == left[slot]
                 num_checked += 1
 
         def block_bytes(block: int) -> bytes:

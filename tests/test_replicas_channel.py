@@ -39,7 +39,7 @@ SWAP, RECOMPUTE = SetPolicy(preemption="swap"), SetPolicy(preemption="recompute"
 
 def totals(sequence: int) -> EngineTotals:
     counters = dict.fromkeys(EngineTotals.__struct_fields__, 0)
-    return EngineTotals(**counters | {"epoch": "e", "preemption": "swap", "sequence": sequence})
+    return EngineTotals(**counters | {"epoch": "e", "preemption": "swap", "guarded": False, "sequence": sequence})
 
 
 @pytest.fixture
@@ -426,14 +426,14 @@ def test_a_policy_sent_to_a_running_engine_is_followed_and_reported(
         assert server.send(RECOMPUTE)
         time.sleep(0.2)  # on its way through the sockets
         assert generate(llm, jobs) == without_channel.tokens
-        assert scheduler.num_preemptions["recompute"] > 0
-        assert scheduler.num_preemptions["swap"] == 0
+        assert scheduler.preemptor.num_preemptions["recompute"] > 0
+        assert scheduler.preemptor.num_preemptions["swap"] == 0
         wait_until(lambda: server.arrived[-1].num_running == 0)
         assert server.arrived[-1].preemption == "recompute"
-        assert server.arrived[-1].recomputes == scheduler.num_preemptions["recompute"]
+        assert server.arrived[-1].recomputes == scheduler.preemptor.num_preemptions["recompute"]
 
         assert server.send(SWAP)
         time.sleep(0.2)
         assert generate(llm, jobs) == without_channel.tokens
-        assert scheduler.num_preemptions["swap"] > 0
+        assert scheduler.preemptor.num_preemptions["swap"] > 0
         wait_until(lambda: server.arrived[-1].preemption == "swap" and server.arrived[-1].num_running == 0)

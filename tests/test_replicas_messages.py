@@ -4,7 +4,7 @@ Method: round trips over generated values; junk bytes, junk JSON and near misses
 """
 
 import json
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import pytest
@@ -15,11 +15,12 @@ from replicas.config import PreemptionPolicy
 from replicas.messages import MAX_MESSAGE_BYTES, EngineTotals, SetPolicy, decode_to_engine, decode_totals, encode
 
 COUNT = st.integers(0, 2**63 - 1)
+SECONDS = st.floats(allow_nan=False, allow_infinity=False)
 TOTALS = st.builds(
     EngineTotals,
     **{
-        name: st.text(max_size=40) if name in ("epoch", "preemption") else COUNT
-        for name in EngineTotals.__struct_fields__
+        name: {str: st.text(max_size=40), float: SECONDS, bool: st.booleans(), int: COUNT}[kind]
+        for name, kind in get_type_hints(EngineTotals).items()
     },
 )
 JSON_VALUES = st.recursive(
@@ -28,7 +29,7 @@ JSON_VALUES = st.recursive(
     max_leaves=10,
 )
 TOTALS_FIELDS: dict[str, Any] = {
-    name: "x" if name in ("epoch", "preemption") else 1 for name in EngineTotals.__struct_fields__
+    name: {str: "x", float: 1.5, bool: True, int: 1}[kind] for name, kind in get_type_hints(EngineTotals).items()
 }
 
 

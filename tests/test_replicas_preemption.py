@@ -66,6 +66,7 @@ def test_vllms_own_victim_is_always_decided_on(name: PreemptionPolicy) -> None:
     [
         (candidate("a", 160), {"unsafe": "several KV cache groups"}, "several KV cache groups"),
         (candidate("a", 160), {"num_free_host_slots": 9}, "the host pool has no room"),
+        (candidate("a", 160, num_host_slots=9), {}, "the tenant's share of the host pool is full"),
         (candidate("a", 0), {}, "nothing computed yet"),
         (candidate("a", 160, can_load=False), {}, "the request may not read loaded blocks"),
     ],
@@ -184,7 +185,7 @@ def test_a_slow_link_turns_the_choice_and_a_backlog_on_it_too() -> None:
     assert chosen(AdaptivePolicy().choose(victim, pressure(), slow)) == [("a", "recompute")]
     fair = replace(COSTS, link_block_s=5e-3)
     assert chosen(AdaptivePolicy().choose(victim, pressure(), fair)) == [("a", "swap")]
-    backlog = pressure(num_saved_host_blocks=500)
+    backlog = pressure(out_queue_s=2.0)
     assert chosen(AdaptivePolicy().choose(victim, backlog, fair)) == [("a", "recompute")]
 
 

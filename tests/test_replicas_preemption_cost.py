@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cost_service.snapshot import CostSnapshot
-from replicas.preemption_cost import Candidate, CandidateTable, Pressure, prices
+from replicas.preemption_cost import Candidate, CandidateTable, Pressure, prefill_s, prices
 
 COSTS = CostSnapshot(
     version=1,
@@ -90,18 +90,36 @@ def test_tokens_below_the_ridge_of_the_step_cost_nothing() -> None:
 
 
 def test_a_slow_link_holds_blocks_idle_while_they_load_and_keeps_the_victim_waiting() -> None:
-    terms = prices(candidate(), pressure(num_saved_host_blocks=20, out_queue_s=0.3), LINKED).terms_s
+    terms = prices(candidate(), pressure(out_queue_s=0.3), LINKED).terms_s
     assert terms["swap_hold"] == pytest.approx(10 / 100 * (0.5 + 10 * 0.1))
-    assert terms["swap_wait"] == pytest.approx((2 * 0.5 + 0.3 + 0.1 * (10 + 20 + 10)) / 4)
+    assert terms["swap_wait"] == pytest.approx((2 * 0.5 + 0.3 + 0.1 * (10 + 10)) / 4)
+
+
+def test_the_copy_out_delays_the_victim_only_beyond_the_time_that_it_waits_for_blocks_anyway() -> None:
+    out_s, in_s = 0.5 + 0.3 + 0.1 * 10, 0.5 + 0.1 * 10
+    for waits_s, expected_s in ((0.0, out_s + in_s), (1.0, out_s - 1.0 + in_s), (out_s, in_s), (99.0, in_s)):
+        around = pressure(out_queue_s=0.3, resume_wait_s=waits_s)
+        assert prices(candidate(), around, LINKED).terms_s["swap_wait"] == pytest.approx(expected_s / 4)
+
+
+def test_prefills_of_a_step_are_priced_as_recomputations_of_their_tokens() -> None:
+    costs = replace(COSTS, attention_s=1e-6, ridge_tokens=50.0)
+    around = pressure(num_batch_tokens=20)
+    one = prices(candidate(num_tokens=160, num_surviving_tokens=64), around, costs).recompute_s
+    assert prefill_s([(64, 96)], num_decodes=20, costs=costs) == pytest.approx(one)
+    assert prefill_s([(0, 10), (30, 15)], num_decodes=20, costs=costs) == pytest.approx(
+        costs.recompute_fixed_s + 1e-6 * (100 + 45**2 - 30**2)
+    )
 
 
 def test_a_swap_without_room_is_infinitely_dear_in_the_table() -> None:
-    def swap_price(**changes: object) -> float:
-        table = CandidateTable([candidate()], block_size=16, horizon_tokens=32)
+    def swap_price(host_slots: int = 1000, **changes: object) -> float:
+        table = CandidateTable([candidate(num_host_slots=host_slots)], block_size=16, horizon_tokens=32)
         return float(table.price(pressure(**changes), COSTS)[0, 1])
 
     assert np.isfinite(swap_price(num_free_host_slots=10))
     assert swap_price(num_free_host_slots=9) == np.inf
+    assert swap_price(num_free_host_slots=1000, host_slots=9) == np.inf
     assert swap_price(unsafe="several KV cache groups") == np.inf
 
 
@@ -132,7 +150,7 @@ def test_the_table_prices_as_the_terms_do() -> None:
             link_block_s=rng.random(),
         )
         around = pressure(
-            num_running=rng.randint(1, 50), num_batch_tokens=rng.randint(0, 400), num_saved_host_blocks=rng.randint(0, 99),
+            num_running=rng.randint(1, 50), num_batch_tokens=rng.randint(0, 400), resume_wait_s=30 * rng.random(),
             out_queue_s=rng.random(), num_pool_blocks=rng.randint(1, 1000),
         )  # fmt: skip
         candidates = []

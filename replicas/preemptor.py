@@ -1,0 +1,176 @@
+"""The engine's decisions on preemption, kept honest: policy, guard and meter in one place.
+
+Data flow: choose -> PreemptionDecision -> carried out by the engine -> `preempted` -> PreemptionMeter (what it really cost)
+-> Guard (is the prediction any good?) -> choose as the policy says, or as vLLM does.
+
+Rules:
+- The guard only rules over policies that choose victims themselves; while it is active their victims and actions are
+  vLLM's: the last running request, recomputed. Probes are exempt.
+- No clock, no engine: engine and simulator drive the same object.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from cost_service.snapshot import CostSnapshot
+from replicas.config import PreemptionPolicy
+from replicas.guard import Guard, GuardSettings
+from replicas.headroom import Headroom
+from replicas.preemption import Action, FixedPolicy, PreemptionDecision, policy_of
+from replicas.preemption_cost import Candidate, Pressure, prefill_s
+from replicas.preemption_meter import PreemptionMeter, Prefill
+
+logger = logging.getLogger(__name__)
+
+HARMLESS_SHARE = 0.5
+"""A swap that takes no longer than this share of what the recomputation was to take was no mistake."""
+
+Recorder = Callable[[PreemptionPolicy, Sequence[Candidate], Pressure, Sequence[PreemptionDecision]], None]
+"""Takes note of a choice: policy in force, what it was asked, what it answered."""
+
+
+class Preemptor:
+    """Chooses victims and actions, and learns what they cost."""
+
+    def __init__(
+        self,
+        policy: PreemptionPolicy,
+        costs: CostSnapshot,
+        *,
+        meter: PreemptionMeter | None = None,
+        guard: GuardSettings | None = None,
+        record: Recorder | None = None,
+    ) -> None:
+        """Begin with a policy and costs.
+
+        Args:
+            meter: The one that the copies are reported to; None: there are none.
+            guard: None: nothing ever takes over from the policy.
+            record: Called with every choice.
+        """
+        self.costs = costs
+        self.guard = Guard(guard) if guard is not None else None
+        self.meter = meter if meter is not None else PreemptionMeter()
+        self.headroom = Headroom()
+        self._record = record
+        self._stock = FixedPolicy(Action.RECOMPUTE)
+        self._probing = False
+        self.num_preemptions = dict.fromkeys(Action, 0)
+        self.num_measured = dict.fromkeys(Action, 0)
+        self.predicted_s = dict.fromkeys(Action, 0.0)
+        """Of those that were measured."""
+        self.measured_s = dict.fromkeys(Action, 0.0)
+        self.num_guarded_steps = 0
+        self._step_costs_s = 0.0
+        self.follow(policy)
+
+    def follow(self, policy: PreemptionPolicy) -> None:
+        """Decide by this policy from now on."""
+        self.name, self._policy = policy, policy_of(policy)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the guard keeps the policy from deciding."""
+        return self._policy.ahead and self.guard is not None and self.guard.active
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the policy would choose victims before vLLM's own loop does."""
+        return self._policy.ahead
+
+    def lead(self) -> bool:
+        """Whether `choose` may take this shortage out of vLLM's hands; to be asked once for each."""
+        assert self._policy.ahead, "the policy does not choose victims"
+        self._probing = self.guarded and self.guard is not None and self.guard.allow_probe()
+        return not self.guarded or self._probing
+
+    def choose(self, candidates: Sequence[Candidate], pressure: Pressure) -> list[PreemptionDecision]:
+        """Choose victims until enough blocks are free; after `lead` said yes."""
+        decisions = self._policy.choose(candidates, pressure, self.costs)
+        self._probing = False
+        self._note(self.name, candidates, pressure, decisions)
+        return decisions
+
+    def decide(self, victim: Candidate, pressure: Pressure) -> PreemptionDecision:
+        """Choose the action for a victim of vLLM's choice."""
+        policy, name = (self._stock, PreemptionPolicy.RECOMPUTE) if self.guarded else (self._policy, self.name)
+        (decision,) = policy.choose([victim], pressure, self.costs)
+        self._note(name, [victim], pressure, [decision])
+        return decision
+
+    def preempted(
+        self,
+        decision: PreemptionDecision,
+        *,
+        now_s: float,
+        num_tokens: int,
+        num_running: int,
+        num_copied_blocks: int = 0,
+    ) -> None:
+        """The engine has carried out a decision; arguments as `PreemptionMeter.preempted`."""
+        prices = decision.prices
+        self.num_preemptions[decision.action] += 1
+        self._step_costs_s += prices.swap_s if decision.action is Action.SWAP else prices.recompute_s
+        self.meter.preempted(
+            decision, now_s=now_s, num_tokens=num_tokens, num_running=num_running, num_copied_blocks=num_copied_blocks
+        )
+
+    def step_ended(
+        self, now_s: float, step_s: float, *, num_decodes: int, prefills: Sequence[Prefill], num_running: int
+    ) -> None:
+        """Draw conclusions from a step of a busy engine: the headroom, and whether the prices are right."""
+        extra_s = self.meter.step(step_s, num_decodes=num_decodes, prefills=prefills)
+        costs_s, self._step_costs_s = self._step_costs_s, 0.0
+        if not self._policy.ahead or self.guarded:
+            self.headroom.reset()
+        elif step_s > 0.0:
+            self.headroom.step(costs_s, step_s, num_running=num_running)
+        self.num_guarded_steps += self.guarded
+        if extra_s is not None:
+            # Every prefill tells whether recomputations are priced well, also where none is ever chosen.
+            chunks = [(prefill.first, prefill.num_tokens) for prefill in prefills]
+            predicted_s = prefill_s(chunks, num_decodes=num_decodes, costs=self.costs)
+            self._observe(now_s, Action.RECOMPUTE, predicted_s=predicted_s, measured_s=extra_s)
+        for one in self.meter.take():
+            self.num_measured[one.action] += 1
+            self.predicted_s[one.action] += one.predicted_s
+            self.measured_s[one.action] += one.measured_s
+            if one.action is Action.SWAP:
+                self._observe(
+                    now_s, Action.SWAP, predicted_s=one.predicted_s, measured_s=one.measured_s,
+                    harmless_s=HARMLESS_SHARE * one.alternative_s,
+                )  # fmt: skip
+
+    def report(self, now_s: float, *, num_tokens: int, num_preemptions: int, num_running: int) -> None:
+        """Show the guard what was delivered since the last report."""
+        if self.guard is not None and self._policy.ahead:
+            was = self.guard.active
+            self.guard.observe_throughput(
+                now_s, num_tokens=num_tokens, num_preemptions=num_preemptions, num_running=num_running, adaptive=not was
+            )
+            self._say(was)
+
+    def _observe(
+        self, now_s: float, action: Action, *, predicted_s: float, measured_s: float, harmless_s: float = 0.0
+    ) -> None:
+        if self.guard is not None and self._policy.ahead:
+            was = self.guard.active
+            self.guard.observe(now_s, action, predicted_s=predicted_s, measured_s=measured_s, harmless_s=harmless_s)
+            self._say(was)
+
+    def _note(
+        self,
+        name: PreemptionPolicy,
+        candidates: Sequence[Candidate],
+        pressure: Pressure,
+        decisions: Sequence[PreemptionDecision],
+    ) -> None:
+        if self._record is not None:
+            self._record(name, candidates, pressure, decisions)
+
+    def _say(self, was: bool) -> None:
+        assert self.guard is not None, "nothing to say without a guard"
+        if self.guard.active and not was:
+            logger.warning("Preemptions follow vLLM's own behaviour for now: %s", self.guard.reason)
+        elif was and not self.guard.active:
+            logger.warning("Preemptions follow the %s policy again: its predictions are good.", self.name)

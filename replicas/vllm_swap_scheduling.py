@@ -1,0 +1,130 @@
+"""The scheduler's half of `SwapConnector`: plans copies, keeps the clock of a throttled link, and tells the meter.
+
+Rule: plans are `SwapPlanner`'s; here are vLLM's requests, time, and the link.
+"""
+
+import time
+
+from replicas.config import SwapConfig
+from replicas.host_pool import HostBlockPool
+from replicas.preemption_meter import PreemptionMeter
+from replicas.swap_planner import SwapPlan, SwapPlanner
+from replicas.throttled_link import Direction, LinkSettings, ThrottledLink
+from replicas.vllm_block_copy import CopySpeeds
+from replicas.vllm_internals import Request
+from replicas.vllm_memory import tenant_of
+
+
+class SwapScheduling:
+    """Plans copies, and keeps the clock of the throttled link."""
+
+    def __init__(
+        self, config: SwapConfig, num_slots: int, block_bytes: int, *, block_size: int, num_pool_blocks: int
+    ) -> None:
+        pool = HostBlockPool(num_slots, block_size=block_size, max_tenant_fraction=config.max_tenant_fraction)
+        self.planner = SwapPlanner(pool)
+        self.meter = PreemptionMeter()
+        self.speeds: CopySpeeds | None = None
+        """What the workers have measured, in the step whose report said it."""
+        self._block_bytes, self._num_pool_blocks = block_bytes, num_pool_blocks
+        self._link: ThrottledLink | None = None
+        if config.throttled_link_bytes_per_s is not None:
+            self._link = ThrottledLink(
+                LinkSettings(bytes_per_s=config.throttled_link_bytes_per_s, latency_s=config.throttled_link_latency_s)
+            )
+        self._arrived_s: dict[str, float] = {}
+        """When a swapped-out request's copy has left the link."""
+        self.step_s = 0.0
+        """What the last step took: a load that waits for the link no longer than that is planned."""
+        self._step = 0
+        self._asked: dict[str, tuple[int, float]] = {}
+        """In which step, and when, the link was not free for a request that wanted to load."""
+        self._waited_s: dict[str, float] = {}
+        """Seconds for which it was only the link that a request waited for, and not blocks."""
+        self._loads: list[tuple[str, float]] = []
+
+    def swap_out(self, request: Request, block_ids: list[int]) -> int | None:
+        """Plan the copy of a victim's blocks; return how many are copied, or None when the host pool has no room."""
+        num_blocks = self.planner.swap_out(
+            request.request_id, tenant=tenant_of(request), num_tokens=request.num_computed_tokens, block_ids=block_ids
+        )
+        if self._link is not None and num_blocks is not None:
+            self._arrived_s[request.request_id] = self._link.submit(
+                Direction.OUT, num_blocks * self._block_bytes, time.monotonic()
+            )
+        return num_blocks
+
+    def num_loadable_tokens(self, request: Request, num_cached_tokens: int) -> tuple[int | None, bool]:
+        """See `SwapConnector.get_num_new_matched_tokens`."""
+        num_tokens = self.planner.num_loadable_tokens(
+            request.request_id, num_tokens=request.num_tokens, num_cached_tokens=num_cached_tokens
+        )
+        if self._link is None or num_tokens == 0:
+            return num_tokens, False
+        now_s = time.monotonic()
+        step, asked_s = self._asked.pop(request.request_id, (0, now_s))
+        if step == self._step - 1:
+            self._waited_s[request.request_id] = self._waited_s.get(request.request_id, 0.0) + now_s - asked_s
+        if (
+            self._arrived_s.get(request.request_id, 0.0) > now_s
+            or self._link.queue_s(Direction.IN, now_s) > self.step_s
+        ):
+            self._asked[request.request_id] = (self._step, now_s)
+            return None, False
+        return num_tokens, True
+
+    def load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
+        """See `SwapConnector.update_state_after_alloc`."""
+        now_s = time.monotonic()
+        self.meter.resumed(request.request_id, now_s)
+        saved = self.planner.pool.get(request.request_id)
+        if saved is None:
+            return
+        total = min(saved.num_tokens, request.num_tokens - 1)
+        num_cached = total - num_external_tokens if num_external_tokens else 0
+        self.planner.swap_in(
+            request.request_id,
+            num_cached_tokens=num_cached,
+            num_loaded_tokens=num_external_tokens,
+            block_ids=block_ids,
+        )
+        num_blocks = self.planner.num_blocks(num_cached + num_external_tokens) - num_cached // self.planner.block_size
+        self._arrived_s.pop(request.request_id, None)
+        waited_s, done_s = self._waited_s.pop(request.request_id, 0.0), now_s
+        if self._link is not None and num_external_tokens:
+            # The bytes are copied in this step, so the slots are free after it; only the clock goes on.
+            done_s = self._link.submit(Direction.IN, num_blocks * self._block_bytes, now_s)
+            self._loads.append((request.request_id, done_s))
+        self.meter.loading(
+            request.request_id, num_blocks=num_blocks, num_pool_blocks=self._num_pool_blocks,
+            held_s=done_s - now_s, waited_s=waited_s + done_s - now_s,
+        )  # fmt: skip
+
+    def lose(self, slots: list[int]) -> None:
+        """What these slots hold is not what it should be: nobody is to load it, and nothing is told of what it cost."""
+        if slots:
+            for request_id in self.planner.copies_failed(slots):
+                self.meter.forget(request_id)
+
+    def forget(self, request: Request) -> None:
+        """The request has finished or was aborted."""
+        self.planner.release(request.request_id)
+        self.meter.forget(request.request_id)
+        self._arrived_s.pop(request.request_id, None)
+        self._asked.pop(request.request_id, None)
+        self._waited_s.pop(request.request_id, None)
+
+    def take_speeds(self) -> CopySpeeds | None:
+        """Return what the workers have measured, once."""
+        speeds, self.speeds = self.speeds, None
+        return speeds
+
+    def take(self) -> tuple[SwapPlan, list[tuple[str, float]]]:
+        """Return the step's copies and asynchronous loads (request, when it counts as done), and start the next step's."""
+        self._step += 1
+        loads, self._loads = self._loads, []
+        return self.planner.take_plan(), loads
+
+    def out_queue_s(self, now_s: float) -> float:
+        """Seconds until the throttled link is free for a copy out; 0 without one."""
+        return self._link.queue_s(Direction.OUT, now_s) if self._link is not None else 0.0
