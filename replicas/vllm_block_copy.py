@@ -2,18 +2,20 @@
 
 Rules:
 - A block is copied whole, in every layer: its bytes come back as they were, the partly filled last block included.
-- Ordering: on CPU the copies are synchronous; on CUDA they are enqueued on the current (compute) stream, so they run after
-  every step already launched and before the next one, and the host never waits.
+- Ordering: on CPU the copies are synchronous. On CUDA they run on side streams, ordered by `replicas.copy_schedule` after
+  what wrote a block and before what overwrites it, and the host never waits.
 """
 
-import functools
 import statistics
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
+
+from replicas.vllm_cuda_copy import CudaCopies
 
 MEASURED_BLOCKS = (1, 9)
 """Numbers of blocks whose copies are timed at start: their difference is the price of a block, the rest is fixed."""
@@ -59,24 +61,47 @@ class BlockCopier:
             for rows in self._device_rows
         ]
         self.block_bytes = sum(rows.shape[1] for rows in self._device_rows)
+        self._cuda = None if self._on_cpu else CudaCopies(self._device_rows, self._host_rows)
+        self._zero_slots: list[int] = []
+        self._written_blocks: Sequence[int] | None = None
+
+    def begin_step(self, written_blocks: Sequence[int] | None) -> None:
+        """Say which blocks the step may write that it did not have before (None: unknown); `copy_out` must follow."""
+        self._written_blocks = written_blocks
 
     def copy_out(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy device blocks to host slots, pair by pair."""
+        """Copy device blocks to host slots, pair by pair; on CUDA in every step, with none too."""
+        if self._cuda is not None:
+            pairs = list(zip(blocks, slots, strict=True))
+            self._cuda.copy_out(pairs, zero_slots=self._zero_slots, written_blocks=self._written_blocks)
+            self._zero_slots, self._written_blocks = [], None
+            return
         for device, host in zip(self._device_rows, self._host_rows, strict=True):
-            self._copy(device, blocks, host, slots)
+            _copy_rows(device, blocks, host, slots)
 
-    def copy_in(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        """Copy host slots to device blocks, pair by pair."""
+    def copy_in(self, slots: Sequence[int], blocks: Sequence[int], *, synchronous: bool = True) -> Callable[[], bool]:
+        """Copy host slots to device blocks, pair by pair; return what tells whether that is done.
+
+        Args:
+            synchronous: The forward pass that follows may read the blocks; else nothing may use them before they are done.
+        """
+        if self._cuda is not None:
+            pairs = list(zip(blocks, slots, strict=True))
+            return partial(self._cuda.is_done, self._cuda.copy_in(pairs, synchronous=synchronous))
         for device, host in zip(self._device_rows, self._host_rows, strict=True):
-            self._copy(host, slots, device, blocks)
+            _copy_rows(host, slots, device, blocks)
+        return lambda: True
 
     def checksum(self, slot: int) -> int:
         """CRC-32 of a host slot's bytes in all layers; on CPU only, where a copy is complete when it returns."""
         assert self._on_cpu, "a checksum of what may still be on its way"
-        return functools.reduce(lambda crc, host: zlib.crc32(host[slot].numpy(), crc), self._host_rows, 0)
+        return reduce(lambda crc, host: zlib.crc32(host[slot].numpy(), crc), self._host_rows, 0)
 
     def zero(self, slots: Sequence[int]) -> None:
-        """Overwrite host slots with zeros: they held another tenant's KV."""
+        """Overwrite host slots with zeros, for they held another tenant's KV; on CUDA with the next copies out."""
+        if self._cuda is not None:
+            self._zero_slots += slots
+            return
         for host in self._host_rows:
             for slot in slots:
                 host[slot] = 0
@@ -88,7 +113,7 @@ class BlockCopier:
             return None
         rows = list(range(many))
 
-        def median_s(copy: Callable[[list[int], list[int]], None], num: int) -> float:
+        def median_s(copy: Callable[[list[int], list[int]], object], num: int) -> float:
             times_s = []
             for _ in range(7):
                 start_s = time.perf_counter()
@@ -101,15 +126,12 @@ class BlockCopier:
         fixed_s = max(0.0, statistics.fmean(one_s[copy] - few * block_s[copy] for copy in one_s))
         return CopySpeeds(fixed_s=fixed_s, out_block_s=block_s[self.copy_out], in_block_s=block_s[self.copy_in])
 
-    def _copy(self, source: torch.Tensor, rows: Sequence[int], target: torch.Tensor, to_rows: Sequence[int]) -> None:
-        if self._on_cpu:
-            # Thirty times as fast as torch's copies by index, which move single bytes.
-            from_bytes, to_bytes = source.numpy(), target.numpy()
-            for row, to_row in zip(rows, to_rows, strict=True):
-                to_bytes[to_row] = from_bytes[row]
-            return
-        for row, to_row in zip(rows, to_rows, strict=True):
-            target[to_row].copy_(source[row], non_blocking=True)
+
+def _copy_rows(source: torch.Tensor, rows: Sequence[int], target: torch.Tensor, to_rows: Sequence[int]) -> None:
+    # Thirty times as fast as torch's copies by index, which move single bytes.
+    from_bytes, to_bytes = source.numpy(), target.numpy()
+    for row, to_row in zip(rows, to_rows, strict=True):
+        to_bytes[to_row] = from_bytes[row]
 
 
 def _unique_block_rows(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> list[torch.Tensor]:
