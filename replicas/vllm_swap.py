@@ -3,8 +3,10 @@
 Rules:
 - The scheduler decides and plans, the worker copies. In a step the worker zeroes slots that change hands, then copies out
   (`handle_preemptions`, before anything can overwrite a freed block), then in (`start_load_kv`).
-- Without a throttle loads are synchronous: vLLM starts them before the forward pass that reads the blocks, and no request
-  waits between steps holding blocks. Over a throttled link they are asynchronous: they end when the link's clock says so
+- Where steps are scheduled one by one (CPU), loads are synchronous: vLLM starts them before the forward pass that reads the
+  blocks, and no request waits between steps holding blocks.
+- Where steps are scheduled ahead (GPU), they are asynchronous: vLLM cannot take a token back that a step under way samples
+  from blocks whose load failed. So they are over a throttled link: they end when the link's clock says so
   (`get_finished`); nothing ever sleeps, and a load is planned only when the link is free within a step, so that no block
   waits in a queue.
 - A connector miss is never fatal: the request recomputes (`kv_load_failure_policy: recompute`).
@@ -30,6 +32,7 @@ from replicas.vllm_internals import (
     KVConnectorRole,
     Request,
     SchedulerOutput,
+    current_platform,
 )
 from replicas.vllm_swap_scheduling import SwapScheduling
 from replicas.vllm_swap_worker import SwapReport, SwapWorker
@@ -40,6 +43,8 @@ class SwapMetadata(KVConnectorMetadata):
     """One step's copies, from the scheduler to every worker."""
 
     plan: SwapPlan = field(default_factory=SwapPlan)
+    written_blocks: list[int] | None = None
+    """Blocks that are allocated in this step; None: not said."""
     loads: list[tuple[str, float]] = field(default_factory=list)
     """Asynchronous loads of this step: request, and when it counts as done (`time.monotonic`)."""
 
@@ -51,6 +56,11 @@ class SwapConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         self.config = SwapConfig.from_mapping(self._kv_transfer_config.kv_connector_extra_config)
         self._block_bytes = bytes_per_block(kv_cache_config)
+        self._on_cpu = current_platform.is_cpu()
+        if self.config.verify_checksums and not self._on_cpu:
+            raise ValueError(
+                "verify_checksums must be false on a GPU: a copy may still be under way when it is asked for."
+            )
         # An unlimited host pool is of no use beyond a few times the device's own.
         self.num_slots = min(self.config.host_pool_bytes // self._block_bytes, 64 * kv_cache_config.num_blocks)
         self._scheduling: SwapScheduling | None = None
@@ -59,6 +69,7 @@ class SwapConnector(KVConnectorBase_V1):
             self._scheduling = SwapScheduling(
                 self.config, self.num_slots, self._block_bytes, block_size=vllm_config.cache_config.block_size,
                 num_pool_blocks=kv_cache_config.num_blocks,
+                asynchronous=vllm_config.scheduler_config.async_scheduling,
             )  # fmt: skip
         else:
             watch_parent()
@@ -82,7 +93,8 @@ class SwapConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> SwapMetadata:
         """Hand the step's plan to the workers."""
-        return SwapMetadata(*self.scheduling.take())
+        plan, loads = self.scheduling.take()
+        return SwapMetadata(plan, None if self._on_cpu else written_blocks(scheduler_output), loads)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Tell the meter what the workers' copies took."""
@@ -126,7 +138,7 @@ class SwapConnector(KVConnectorBase_V1):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Copy victims' blocks out; vLLM calls it every step, before it updates or zeroes any block."""
         assert isinstance(kv_connector_metadata, SwapMetadata), type(kv_connector_metadata)
-        self._worker.copy_out(kv_connector_metadata.plan)
+        self._worker.copy_out(kv_connector_metadata.plan, kv_connector_metadata.written_blocks)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Copy resumed requests' blocks in: ahead of the forward pass when anything in the step loads synchronously."""
@@ -159,3 +171,10 @@ class SwapConnector(KVConnectorBase_V1):
     def _worker(self) -> SwapWorker:
         assert self._working is not None, "a copy before register_kv_caches"
         return self._working
+
+
+def written_blocks(scheduled: SchedulerOutput) -> list[int]:
+    """Device blocks that requests get in this step, and may write for the first time."""
+    new = [request.block_ids for request in scheduled.scheduled_new_reqs]
+    more = [ids for ids in scheduled.scheduled_cached_reqs.new_block_ids if ids is not None]
+    return [block for groups in new + more for group in groups for block in group]

@@ -19,7 +19,14 @@ class SwapScheduling:
     """Plans copies, and keeps the clock of the throttled link."""
 
     def __init__(
-        self, config: SwapConfig, num_slots: int, block_bytes: int, *, block_size: int, num_pool_blocks: int
+        self,
+        config: SwapConfig,
+        num_slots: int,
+        block_bytes: int,
+        *,
+        block_size: int,
+        num_pool_blocks: int,
+        asynchronous: bool,
     ) -> None:
         pool = HostBlockPool(num_slots, block_size=block_size, max_tenant_fraction=config.max_tenant_fraction)
         self.planner = SwapPlanner(pool)
@@ -32,10 +39,13 @@ class SwapScheduling:
             self._link = ThrottledLink(
                 LinkSettings(bytes_per_s=config.throttled_link_bytes_per_s, latency_s=config.throttled_link_latency_s)
             )
+        self._asynchronous = asynchronous or self._link is not None
         self._arrived_s: dict[str, float] = {}
         """When a swapped-out request's copy has left the link."""
         self.step_s = 0.0
         """What the last step took: a load that waits for the link no longer than that is planned."""
+        self._cached: tuple[str, int] = ("", 0)
+        """The request that vLLM asked for last, and how many of its tokens are in the prefix cache."""
         self._step = 0
         self._asked: dict[str, tuple[int, float]] = {}
         """In which step, and when, the link was not free for a request that wanted to load."""
@@ -56,11 +66,14 @@ class SwapScheduling:
 
     def num_loadable_tokens(self, request: Request, num_cached_tokens: int) -> tuple[int | None, bool]:
         """See `SwapConnector.get_num_new_matched_tokens`."""
+        self._cached = (request.request_id, num_cached_tokens)
         num_tokens = self.planner.num_loadable_tokens(
             request.request_id, num_tokens=request.num_tokens, num_cached_tokens=num_cached_tokens
         )
-        if self._link is None or num_tokens == 0:
+        if num_tokens == 0 or not self._asynchronous:
             return num_tokens, False
+        if self._link is None:
+            return num_tokens, True
         now_s = time.monotonic()
         step, asked_s = self._asked.pop(request.request_id, (0, now_s))
         if step == self._step - 1:
@@ -76,7 +89,10 @@ class SwapScheduling:
     def load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
         """See `SwapConnector.update_state_after_alloc`."""
         now_s = time.monotonic()
-        self.meter.resumed(request.request_id, now_s)
+        asked_id, num_cached = self._cached
+        self.meter.resumed(
+            request.request_id, now_s, num_cached_tokens=num_cached if asked_id == request.request_id else 0
+        )
         saved = self.planner.pool.get(request.request_id)
         if saved is None:
             return
@@ -91,9 +107,10 @@ class SwapScheduling:
         num_blocks = self.planner.num_blocks(num_cached + num_external_tokens) - num_cached // self.planner.block_size
         self._arrived_s.pop(request.request_id, None)
         waited_s, done_s = self._waited_s.pop(request.request_id, 0.0), now_s
-        if self._link is not None and num_external_tokens:
-            # The bytes are copied in this step, so the slots are free after it; only the clock goes on.
-            done_s = self._link.submit(Direction.IN, num_blocks * self._block_bytes, now_s)
+        if self._asynchronous and num_external_tokens:
+            if self._link is not None:
+                # The bytes are copied in this step, so the slots are free after it; only the clock goes on.
+                done_s = self._link.submit(Direction.IN, num_blocks * self._block_bytes, now_s)
             self._loads.append((request.request_id, done_s))
         self.meter.loading(
             request.request_id, num_blocks=num_blocks, num_pool_blocks=self._num_pool_blocks,
@@ -125,6 +142,12 @@ class SwapScheduling:
         loads, self._loads = self._loads, []
         return self.planner.take_plan(), loads
 
-    def out_queue_s(self, now_s: float) -> float:
-        """Seconds until the throttled link is free for a copy out; 0 without one."""
-        return self._link.queue_s(Direction.OUT, now_s) if self._link is not None else 0.0
+    def queues_s(self, now_s: float) -> dict[Direction, float]:
+        """Seconds until the throttled link is free, with the loads that wait for it; 0 without one."""
+        if self._link is None:
+            return dict.fromkeys(Direction, 0.0)
+        queues_s = {direction: self._link.queue_s(direction, now_s) for direction in Direction}
+        waiting = [saved for name in self._asked if (saved := self.planner.pool.get(name)) is not None]
+        num_bytes = self._block_bytes * sum(len(saved.slots) for saved in waiting)
+        queues_s[Direction.IN] += num_bytes / self._link.settings.bytes_per_s
+        return queues_s

@@ -50,12 +50,15 @@ class SwapWorker:
         self._copier, self._verify = copier, verify_checksums
         self._filled: dict[int, tuple[int, int]] = {}
         """Generation and checksum (0 where none is wanted) of the slots whose copy out was complete."""
-        self._done_s: dict[str, float] = {}
+        self._loads: dict[str, tuple[float, Callable[[], bool]]] = {}
+        """Asynchronous loads: from when on they may count as done, and whether their copies are."""
         self._failed_blocks: set[int] = set()
         self._report = SwapReport(speeds=copier.measure())
 
-    def copy_out(self, plan: SwapPlan) -> None:
+    def copy_out(self, plan: SwapPlan, written_blocks: Sequence[int] | None) -> None:
+        self._copier.begin_step(written_blocks)
         if not plan.out_blocks:
+            self._copier.copy_out([], [])
             return
         for slot in plan.out_slots:
             self._filled.pop(slot, None)
@@ -71,22 +74,28 @@ class SwapWorker:
     def copy_in(self, plan: SwapPlan, loads: Sequence[tuple[str, float]]) -> None:
         if plan.in_blocks:
             with self._timed(Direction.IN, len(plan.in_blocks)):
-                self._load(plan)
-        self._done_s.update(loads)
+                is_done = self._load(plan, synchronous=not loads)
+            self._loads.update({request_id: (done_s, is_done) for request_id, done_s in loads})
 
-    def _load(self, plan: SwapPlan) -> None:
+    def _load(self, plan: SwapPlan, *, synchronous: bool) -> Callable[[], bool]:
         """Copy in what is whole; blocks of other slots are reported, so that vLLM recomputes their tokens."""
         whole: list[tuple[int, int, int]] = []
         lost: list[tuple[int, int, int]] = []
         for pair in zip(plan.in_slots, plan.in_blocks, plan.in_generations, strict=True):
             (whole if self._is_whole(pair[0], pair[2]) else lost).append(pair)
         slots, blocks = [pair[0] for pair in whole], [pair[1] for pair in whole]
-        if whole and not self._done(lambda: self._copier.copy_in(slots, blocks), Direction.IN):
+        tells: list[Callable[[], bool]] = []
+
+        def copy_in() -> None:
+            tells.append(self._copier.copy_in(slots, blocks, synchronous=synchronous))
+
+        if whole and not self._done(copy_in, Direction.IN):
             lost += whole
         if lost:
             logger.warning("%d KV blocks could not be loaded from host memory; their tokens are recomputed.", len(lost))
             self._report.failed_slots += [slot for slot, _, _ in lost]
             self._failed_blocks.update(block for _, block, _ in lost)
+        return tells[0] if tells else lambda: True
 
     def _is_whole(self, slot: int, generation: int) -> bool:
         filled, checksum = self._filled.get(slot, (-1, 0))
@@ -114,9 +123,9 @@ class SwapWorker:
         return report
 
     def take_finished(self, now_s: float) -> set[str]:
-        done = {request_id for request_id, done_s in self._done_s.items() if done_s <= now_s}
+        done = {name for name, (done_s, is_done) in self._loads.items() if done_s <= now_s and is_done()}
         for request_id in done:
-            del self._done_s[request_id]
+            del self._loads[request_id]
         return done
 
     def take_failed_blocks(self) -> set[int]:

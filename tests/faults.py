@@ -30,6 +30,8 @@ class FaultyCopier:
         return getattr(self._copier, name)
 
     def copy_out(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        if not blocks:
+            return
         if self._strikes(Fault.NO_HOST_MEMORY):
             raise MemoryError("no host memory")
         self._copier.copy_out(blocks, slots)
@@ -48,16 +50,16 @@ class FaultyCopier:
                 host[slot, self._rng.randrange(host.shape[1])] ^= 0xFF
         return checksum
 
-    def copy_in(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+    def copy_in(self, slots: Sequence[int], blocks: Sequence[int], *, synchronous: bool) -> Any:
         if self._strikes(Fault.ERROR_IN):
             raise OSError("the copy in failed")
         if self._strikes(Fault.SHORT_READ):
             half = len(slots) // 2
-            self._copier.copy_in(slots[:half], blocks[:half])
+            self._copier.copy_in(slots[:half], blocks[:half], synchronous=synchronous)
             raise OSError(f"{half} of {len(slots)} blocks read")
         if self._strikes(Fault.SLOW):
             time.sleep(0.02)
-        self._copier.copy_in(slots, blocks)
+        return self._copier.copy_in(slots, blocks, synchronous=synchronous)
 
     def _strikes(self, fault: Fault) -> bool:
         strikes = self._fault is fault and self._rng.random() < self._share

@@ -59,7 +59,7 @@ def test_every_token_is_the_same_when_all_victims_are_swapped(
 def test_the_tokens_would_show_it_if_blocks_did_not_come_back(tiny_model: Path, base: Base) -> None:
     """Of the method itself: the same run with the copies in left out must not pass for the base's."""
     with engine(tiny_model, "swap", enable_prefix_caching=False, **PRESSURE) as llm:
-        worker_connector()._worker._copier.copy_in = lambda slots, blocks: None
+        worker_connector()._worker._copier.copy_in = lambda slots, blocks, synchronous: lambda: True
         stepper = Stepper(llm, FEW)
         preempted: set[int] = set()
         while stepper.busy:
@@ -132,12 +132,13 @@ def test_the_very_bytes_of_a_block_come_back_though_freed_blocks_are_overwritten
             copy_out(blocks, slots)
             left.update(zip(slots, map(block_bytes, blocks), strict=True))
 
-        def watched_copy_in(slots: list[int], blocks: list[int]) -> None:
+        def watched_copy_in(slots: list[int], blocks: list[int], *, synchronous: bool) -> Any:
             nonlocal num_checked
-            copy_in(slots, blocks)
+            is_done = copy_in(slots, blocks, synchronous=synchronous)
             for slot, block in zip(slots, blocks, strict=True):
                 assert block_bytes(block) == left[slot]
                 num_checked += 1
+            return is_done
 
         def block_bytes(block: int) -> bytes:
             """Read through the attention layers' own tensors, of shape (num_blocks, ...) or (2, num_blocks, ...)."""

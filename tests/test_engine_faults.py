@@ -61,11 +61,11 @@ def test_bytes_that_changed_in_host_memory_would_reach_the_tokens_without_checks
         copier = worker_connector()._worker._copier
         copy_in = copier.copy_in
 
-        def spoil_and_copy_in(slots: list[int], blocks: list[int]) -> None:
+        def spoil_and_copy_in(slots: list[int], blocks: list[int], *, synchronous: bool) -> Any:
             for host in copier._host_rows:
                 for slot in slots:
                     host[slot] ^= 0x35
-            copy_in(slots, blocks)
+            return copy_in(slots, blocks, synchronous=synchronous)
 
         copier.copy_in = spoil_and_copy_in
         assert differing(JOBS, generate(llm, JOBS), base)

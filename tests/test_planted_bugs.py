@@ -97,7 +97,7 @@ def plant_off_by_one_block(llm: Any, patch: Callable[..., None]) -> None:
 def plant_wrong_slot(llm: Any, patch: Callable[..., None]) -> None:
     copier = worker_connector()._worker._copier
     copy_in = copier.copy_in
-    patch(copier, "copy_in", lambda slots, blocks: copy_in([*slots[1:], slots[0]], blocks))
+    patch(copier, "copy_in", lambda slots, blocks, **how: copy_in([*slots[1:], slots[0]], blocks, **how))
 
 
 def plant_lost_tail(llm: Any, patch: Callable[..., None]) -> None:
@@ -141,10 +141,11 @@ def plant_swapped_layers(llm: Any, patch: Callable[..., None]) -> None:
     copier = worker_connector()._worker._copier
     copy_in = copier.copy_in
 
-    def into_other_layers(slots: list[int], blocks: list[int]) -> None:
+    def into_other_layers(slots: list[int], blocks: list[int], *, synchronous: bool) -> Any:
         copier._host_rows.reverse()
-        copy_in(slots, blocks)
+        is_done = copy_in(slots, blocks, synchronous=synchronous)
         copier._host_rows.reverse()
+        return is_done
 
     patch(copier, "copy_in", into_other_layers)
 
