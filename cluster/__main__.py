@@ -8,8 +8,10 @@ COMMANDS = {
     "serve": ("cluster.serve", "start Ray on this machine and serve the model until Ctrl-C"),
     "status": ("cluster.status", "show the replicas of a running application"),
     "policy": ("cluster.policy", "let running replicas follow another preemption policy"),
+    "replay": ("cluster.replay", "let the policies decide again what a decision log holds"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
+    "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),
     "bench-http": ("cluster.bench_http", "compare this endpoint with plain vLLM's server over HTTP"),
 }
 

@@ -132,9 +132,6 @@ def make_engine_kwargs(settings: AppArgs) -> dict[str, Any]:
             "kv_connector_module_path": "replicas.vllm_swap",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                "preemption": preemption.policy,
-                "host_pool_bytes": preemption.host_pool_bytes,
-            },
+            "kv_connector_extra_config": preemption.connector_settings(),
         }
     return kwargs

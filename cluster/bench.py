@@ -27,7 +27,7 @@ from typing import Any
 
 from cluster.bench_engine import STOCK, Arm, EngineSettings
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
-from cluster.bench_model import model_folder
+from cluster.bench_model import RANDOM_MODELS, model_folder
 from cluster.workload import RequestRecord, RequestSpec, RunResult, SyntheticSource
 from replicas.config import PreemptionPolicy
 
@@ -87,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vary-seed", action="store_true", help="other requests in every repeat, the same for all arms"
     )
-    parser.add_argument("--model", help="folder with weights (default: a tiny random model)")
+    parser.add_argument("--model", help="folder with weights (default: a random model)")
+    parser.add_argument(
+        "--random-model", choices=RANDOM_MODELS, default="tiny", help="where none is named (default: tiny)"
+    )
     parser.add_argument(
         "--pool-fraction", type=float, help="KV blocks / peak demand of stock; 0: enough for all (default: 0.4)"
     )
@@ -154,7 +157,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
-    """Turn options into a plan; the tiny model is made in `scratch` where no other is given.
+    """Turn options into a plan; a random model is made in `scratch` where no other is given.
 
     Raises:
         ValueError: An option is wrong, or does not fit the model.
@@ -170,7 +173,13 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
     seeds = [source.seed + (repeat if options.vary_seed else 0) for repeat in range(options.repeats)]
     workloads = tuple(replace(source, seed=seed).generate() for seed in seeds)
     longest = max(request.num_tokens for workload in workloads for request in workload)
-    folder = model_folder(options.model, scratch / "model", vocab=source.vocab, longest=longest)
+    folder = model_folder(
+        options.model,
+        scratch / "model",
+        config=RANDOM_MODELS[options.random_model],
+        vocab=source.vocab,
+        longest=longest,
+    )
     engine = EngineSettings(
         model=str(folder),
         policy=STOCK,

@@ -204,6 +204,7 @@ class Engine:
         self._step_ns: list[int] = []
         self._running: list[int] = []
         self._peak_blocks = self._computed_tokens = 0
+        self._guarded_before = self._guarded_steps()
         self._preempted: dict[str, Counter[str]] = defaultdict(Counter)
 
     def _watch(self) -> None:
@@ -235,6 +236,10 @@ class Engine:
 
         scheduler.schedule, scheduler.update_from_output = watched_schedule, watched_update
         scheduler._preempt_request = watched_preempt
+
+    def _guarded_steps(self) -> int:
+        preemptor = getattr(self.scheduler, "preemptor", None)
+        return int(preemptor.num_guarded_steps) if preemptor else 0
 
     def _swaps(self) -> int:
         preemptor = getattr(self.scheduler, "preemptor", None)  # ours only; vLLM's own only ever recomputes
@@ -318,6 +323,7 @@ class Engine:
             "us_median": statistics.median(step_us),
             "most_running": most,
             "steps_with_most_running": len(full),
+            "guarded_steps": self._guarded_steps() - self._guarded_before,
             "us_median_with_most_running": statistics.median(full),
         }
 

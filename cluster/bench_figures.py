@@ -63,8 +63,11 @@ class Calibration:
         medians_s = [statistics.median(times_s) for times_s in ttfts_s.values()]
         slope, intercept = 0.0, statistics.fmean(medians_s)
         if len(medians_s) > 1:
-            line = statistics.linear_regression(list(ttfts_s), medians_s)
-            if line.slope >= 0 and line.intercept >= 0:  # else noise around a flat line: no negative times
+            lengths = list(ttfts_s)
+            line = statistics.linear_regression(lengths, medians_s)
+            if line.intercept < 0:  # attention bends it upwards: no negative times
+                slope, intercept = statistics.linear_regression(lengths, medians_s, proportional=True).slope, 0.0
+            elif line.slope >= 0:  # else noise around a flat line
                 slope, intercept = line.slope, line.intercept
         return cls(ttft_s=intercept, ttft_s_per_prompt_token=slope, s_per_output_token=statistics.median(tpots_s))
 

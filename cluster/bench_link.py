@@ -6,6 +6,7 @@ recompute a token. All figures are of a SIMULATED link around a real engine, and
 """
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -24,14 +25,18 @@ FIXED = ("recompute", "swap")
 ADAPTIVE = "adaptive"
 ARMS = (STOCK, *FIXED, ADAPTIVE)
 SPEEDS = "0.1,0.3,1,3,10,100"
+WORKLOAD = "synthetic:requests=200,rate=inf,prompt_mean=80,prompt_max=300,output_mean=150,output_max=300,spread=0.5"
+"""Requests that grow a lot while they run, all at once: memory is short all the time, and preemptions are many."""
+
 FIGURES = ("throughput_tokens_per_s", "weighted_turnaround_mean")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench.add_arguments(parser)
-    parser.set_defaults(policy=",".join(ARMS))
+    parser.set_defaults(policy=",".join(ARMS), random_model="small", workload=WORKLOAD)
     parser.add_argument("--speeds", default=SPEEDS, help=f"multiples of the break-even (default: {SPEEDS})")
     parser.add_argument("--costs-wrong-by", type=float, default=1.0, help="factor on the recompute costs it is told")
+    parser.add_argument("--no-guard", action="store_true", help="let wrong costs have their way")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -59,28 +64,57 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[st
     say(f"  {kv_bytes} bytes of KV and {calibration.ttft_s_per_prompt_token * 1e6:.1f} us per token: break-even at "
         f"{break_even / 1e6:.1f} MB/s; {num_blocks} of {demand:.0f} blocks")  # fmt: skip
     results: dict[str, Any] = {}
+    predictions: list[float] = []
     for speed in speeds:
         say(f"Link at {speed:g} times the break-even")
         link = speed * break_even
         costs = snapshot(config, calibration, kv_bytes * plan.engine.block_size, plan.engine.block_size)
         wrong = options.costs_wrong_by
         costs = replace(costs, token_s=costs.token_s * wrong, recompute_fixed_s=costs.recompute_fixed_s * wrong)
-        swap = {"throttled_link_bytes_per_s": link, "cost_snapshot": costs.to_json()}
+        swap = {"throttled_link_bytes_per_s": link, "cost_snapshot": costs.to_json(), "guard": not options.no_guard}
         arms = replace(plan, engine=replace(plan.engine, swap=swap))
         folder = scratch / f"{speed:g}"
         folder.mkdir()
         runs = bench.run_arms(arms, folder, num_blocks, say)
         results[f"{speed:g}"] = {"link_bytes_per_s": link, **compare(runs, calibration)}
+        if "recompute" in runs:
+            needed = [link_bytes_per_s(result, kv_bytes) for result in runs["recompute"]]
+            predictions.append(statistics.median(needed) / break_even)
     return {
         "benchmark": "link",
         "link": "SIMULATED: a throttle around real copies and a real engine",
         "machine": bench.machine_facts(),
         "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks,
-                                        "costs_wrong_by": options.costs_wrong_by},
+                                        "costs_wrong_by": options.costs_wrong_by, "guard": not options.no_guard},
         "calibration": asdict(calibration) | {"check": check},
         "break_even_bytes_per_s": break_even,
+        "crossover": {
+            "predicted": statistics.median(predictions) if predictions else None, "found": crossover(results),
+        },
         "speeds": results,
     }  # fmt: skip
+
+
+def link_bytes_per_s(result: RunResult, kv_bytes: int) -> float:
+    """What a link would have to carry in each direction, were all recomputed tokens of this run swapped instead.
+
+    Transfers run beside the engine, so that swapping wins from the speed on at which the link keeps up with that.
+    """
+    needed = sum(record.prompt_tokens + record.output_tokens - 1 for record in result.records)
+    return max(0, result.computed_tokens - needed) * kv_bytes / result.run_end_s
+
+
+def crossover(results: dict[str, Any]) -> float | None:
+    """Multiple of the break-even at which swapping begins to win over recomputing, between two measured speeds."""
+    points = [
+        (math.log(float(speed)), result["ratios"]["throughput_tokens_per_s"]["swap/recompute"]["median"] - 1)
+        for speed, result in sorted(results.items(), key=lambda item: float(item[0]))
+        if "swap/recompute" in result["ratios"]["throughput_tokens_per_s"]
+    ]
+    for (x, below), (next_x, above) in itertools.pairwise(points):
+        if below < 0 <= above:
+            return math.exp(x + (next_x - x) * below / (below - above))
+    return None
 
 
 def parse_speeds(text: str) -> list[float]:
@@ -112,7 +146,13 @@ def snapshot(config: dict[str, Any], calibration: Calibration, block_bytes: int,
         ModelShape.from_config(config), HARDWARE["cpu"], model="", parallelism=1, block_size=block_size,
         block_bytes=block_bytes,
     )  # fmt: skip
-    return replace(analytic, ridge_tokens=0.0, token_s=calibration.ttft_s_per_prompt_token, attention_s=0.0)
+    return replace(
+        analytic,
+        ridge_tokens=0.0,
+        recompute_fixed_s=max(0.0, calibration.ttft_s - calibration.s_per_output_token),
+        token_s=calibration.ttft_s_per_prompt_token,
+        attention_s=0.0,
+    )
 
 
 def compare(runs: dict[str, list[RunResult]], calibration: Calibration) -> dict[str, Any]:
@@ -122,6 +162,9 @@ def compare(runs: dict[str, list[RunResult]], calibration: Calibration) -> dict[
         for policy, results in runs.items()
     }
     report: dict[str, Any] = {"arms": {policy: medians(repeats) for policy, repeats in by_arm.items()}, "ratios": {}}
+    for policy, results in runs.items():
+        shares = [result.scheduler["guarded_steps"] / result.scheduler["steps"] for result in results]
+        report["arms"][policy]["guarded_share"] = statistics.fmean(shares)
     fixed = [policy for policy in FIXED if policy in by_arm]
     for name in FIGURES:
         better = max if name == "throughput_tokens_per_s" else min
@@ -156,12 +199,14 @@ def column(repeats: Sequence[Figures], name: str) -> list[float]:
 def table(report: dict[str, Any]) -> str:
     """Render the report for a terminal."""
     lines = [f"Link {report['link']}; break-even {report['break_even_bytes_per_s'] / 1e6:.1f} MB/s"]
-    lines.append(f"{'speed':>6} {'arm':<10}{'tokens/s':>10}{'wta':>9}{'preempt':>9}{'swaps':>8}")
+    told = (f"{value:.2f} ({name})" for name, value in report["crossover"].items() if value is not None)
+    lines.append(f"Swapping begins to win at a speed of {' '.join(told) or '-'}")
+    lines.append(f"{'speed':>6} {'arm':<10}{'tokens/s':>10}{'wta':>9}{'preempt':>9}{'swaps':>8}{'guarded':>9}")
     for speed, result in report["speeds"].items():
         for arm, one in result["arms"].items():
             lines.append(
                 f"{speed:>6} {arm:<10}{one['throughput_tokens_per_s']:>10.0f}{one['weighted_turnaround_mean']:>9.2f}"
-                f"{one['preemptions']:>9.0f}{one['swaps']:>8.0f}"
+                f"{one['preemptions']:>9.0f}{one['swaps']:>8.0f}{one['guarded_share']:>9.1%}"
             )
         for name, ratios in result["ratios"].items():
             for label, ratio in ratios.items():

@@ -1,4 +1,4 @@
-"""The model of a benchmark: the folder that was named, or a tiny one that is made."""
+"""The model of a benchmark: the folder that was named, or one with random weights that is made."""
 
 import json
 from pathlib import Path
@@ -13,32 +13,36 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
 }  # fmt: skip
+SMALL: dict[str, Any] = TINY | {"hidden_size": 256, "intermediate_size": 768, "num_key_value_heads": 4}
+"""On CPU a token of its prefill costs a hundredth of a decode step, as with large models on a GPU; of the tiny one less."""
+
+RANDOM_MODELS = {"tiny": TINY, "small": SMALL}
 
 
-def model_folder(source: str | None, tiny: Path, *, vocab: int, longest: int) -> Path:
-    """Return the folder of the model to run; the tiny one is written for no source.
+def model_folder(source: str | None, made: Path, *, config: dict[str, Any], vocab: int, longest: int) -> Path:
+    """Return the folder of the model to run; one with random weights of that config is written for no source.
 
     Raises:
         ValueError: It is no folder with a model, or the requests do not fit it.
     """
     if source is None:
-        write_tiny_model(tiny)
-    folder = models.require(source, default_home()) if source else tiny
+        write_model(made, config)
+    folder = models.require(source, default_home()) if source else made
     if folder is None:
         raise ValueError("--model must be a folder in Hugging Face layout: fetch the model and name its folder.")
-    config = models.read_config(folder)
+    limits = models.read_config(folder)
     for key, needed, mend in (
         ("vocab_size", vocab, "lower the workload key vocab"),
         ("max_position_embeddings", longest, "lower the workload keys prompt_max and output_max"),
     ):
-        limit = config.get(key)
+        limit = limits.get(key)
         if isinstance(limit, int) and limit < needed:
             raise ValueError(f"The model's {key} is {limit} and the workload needs {needed}: {mend}.")
     return folder
 
 
-def write_tiny_model(folder: Path) -> None:
-    """Write a small Llama with random weights, whose next token hangs on all of its KV cache.
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """Write a Llama with random weights, whose next token hangs on all of its KV cache.
 
     Why not vLLM's dummy weights: they are so small that attention hardly reaches the logits, so that an engine which
     loads the wrong KV blocks delivers the right tokens, and `--check-exact` would show nothing.
@@ -47,11 +51,11 @@ def write_tiny_model(folder: Path) -> None:
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
-    width, inner, vocabulary = TINY["hidden_size"], TINY["intermediate_size"], TINY["vocab_size"]
-    kv_width = width // TINY["num_attention_heads"] * TINY["num_key_value_heads"]
+    width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv_width = width // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {"model.embed_tokens": (vocabulary, width, width**0.5), "lm_head": (vocabulary, width, 2.0)}
     norms = ["model.norm"]
-    for layer in (f"model.layers.{number}" for number in range(TINY["num_hidden_layers"])):
+    for layer in (f"model.layers.{number}" for number in range(config["num_hidden_layers"])):
         norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
         shapes |= {
             f"{layer}.self_attn.q_proj": (width, width, 3.0),  # attends to few tokens, not to all alike
@@ -67,5 +71,5 @@ def write_tiny_model(folder: Path) -> None:
         matrix = rng.standard_normal((rows, columns), dtype=np.float32)
         weights[f"{name}.weight"] = (matrix * (gain / columns**0.5)).astype(np.float32)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(TINY))
+    (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")

@@ -91,11 +91,27 @@ class ReplicaArgs(_Settings):
 class PreemptionArgs(_Settings):
     """What happens to a request that must give way."""
 
-    policy: Literal["stock", "recompute", "swap", "adaptive"] = "swap"
+    policy: Literal["stock", "recompute", "swap", "adaptive"] = "adaptive"
     """`stock`: vLLM's own scheduler and no connector."""
 
     host_pool_bytes: int = Field(default=1 << 30, ge=0)
     """Host memory for swapped-out KV blocks, per worker process; 0 turns swapping off."""
+
+    max_tenant_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the host pool that one tenant's swapped-out requests may hold."""
+
+    guard: bool = True
+    """Whether wrong predictions or a loss of throughput make adaptive preemption give way to vLLM's own behaviour."""
+
+    verify_checksums: bool = False
+    """Whether a block is loaded only if its bytes in host memory are still those that were saved (CPU replicas only)."""
+
+    decision_log_folder: str | None = None
+    """Folder on the replica's host for a log of every decision on preemption; None: no log."""
+
+    def connector_settings(self) -> dict[str, Any]:
+        """What the engine's connector and scheduler read (`replicas.config.SwapConfig`)."""
+        return {"preemption" if key == "policy" else key: value for key, value in self.model_dump().items()}
 
 
 class IngressArgs(_Settings):

@@ -68,7 +68,8 @@ class RunResult:
     """Tokens that went through the model, recomputed ones included."""
 
     scheduler: dict[str, float]
-    """Steps, and microseconds per step in the scheduler: over all, and over the steps with the most requests running."""
+    """Steps, those of them under the guard, and microseconds per step in the scheduler: over all, and over the steps with
+    the most requests running."""
 
     tokens: dict[str, list[int]]
     """Output token ids by request."""

@@ -48,6 +48,9 @@ class SwapConfig:
     guard: bool = True
     """Whether wrong predictions or a loss of throughput make adaptive preemption give way to vLLM's own; off to study it."""
 
+    decision_log_folder: str | None = None
+    """Where every choice is written with all that went into it, one file per engine; None: nowhere."""
+
     throttled_link_bytes_per_s: float | None = None
     """SIMULATED: transfers end as if over a link of this speed, to study slow links on CPU. None: no throttle."""
 
@@ -62,6 +65,8 @@ class SwapConfig:
         for name in ("guard", "verify_checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false.")
+        if self.decision_log_folder is not None and not isinstance(self.decision_log_folder, str):
+            raise ValueError("decision_log_folder must be a path; leave it out to write no log.")
         if not 0 < self.max_tenant_fraction <= 1:
             raise ValueError("max_tenant_fraction must be above 0 and at most 1.")
         if self.throttled_link_bytes_per_s is not None and not 0 < self.throttled_link_bytes_per_s < math.inf:

@@ -11,8 +11,9 @@ Terms (a comparison of FLOPs with bytes alone would always swap; these are what 
     swap      = 2 * fixed                                        overhead of two copies
               + out_block_s * copied + in_block_s * loaded       stall of the others while blocks are copied
               + loaded / pool * (latency + link_block_s * loaded)    blocks that are held but idle while they load
-              + (latency + link_block_s * loaded) / running      the victim's own wait for its load
+              + (in queue + latency + link_block_s * loaded) / running    the victim's own wait for its load
               + max(0, latency + out queue + link_block_s * copied - resume wait) / running    and for its copy out
+              + excess                                           what the last swaps took beyond all that (a busy link)
 with T tokens held, r of them likely to survive in the prefix cache until resume, n = T - r, slack = tokens that the step
 can take for nothing (up to the ridge), copied = blocks not in host memory yet, loaded = blocks beyond the surviving ones.
 A victim waits for blocks whatever is done with it (resume wait: how long the last ones did); its copy out delays it only
@@ -22,15 +23,15 @@ by what it takes beyond that.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_service.snapshot import CostSnapshot
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A running request, as far as giving way is concerned."""
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A running request, as far as giving way is concerned. A struct, for hundreds of them are made in a step."""
 
     request_id: str
     tenant: str = ""
@@ -82,8 +83,14 @@ class Pressure:
     out_queue_s: float = 0.0
     """Seconds until the link to host memory is free."""
 
+    in_queue_s: float = 0.0
+    """Seconds until the link is free for a load, with all those that are waiting for it now."""
+
     resume_wait_s: float = 0.0
     """Seconds for which a victim waits for blocks anyway; a transfer costs it only what it takes beyond them."""
+
+    swap_excess_s: float = 0.0
+    """Seconds of engine time that the last swaps took beyond their price: others' transfers, which no price foresees."""
 
     unsafe: str | None = None
     """Why nothing may be swapped here at all, or None."""
@@ -115,8 +122,9 @@ def prices(candidate: Candidate, pressure: Pressure, costs: CostSnapshot) -> Pri
         "swap_overhead": 2 * costs.swap_fixed_s,
         "swap_stall": costs.out_block_s * copied + costs.in_block_s * loaded,
         "swap_hold": loaded / pressure.num_pool_blocks * in_s,
-        "swap_wait": (in_s + max(0.0, out_s - pressure.resume_wait_s)) / pressure.num_running,
+        "swap_wait": (pressure.in_queue_s + in_s + max(0.0, out_s - pressure.resume_wait_s)) / pressure.num_running,
     }
+    terms["swap_excess"] = pressure.swap_excess_s
     of = {action: sum(s for name, s in terms.items() if name.startswith(action)) for action in ("recompute", "swap")}
     return Prices(recompute_s=of["recompute"], swap_s=of["swap"], terms_s=terms)
 
@@ -170,9 +178,11 @@ class CandidateTable:
         """Seconds of shape (candidates, 2): recompute and swap; a swap that has no room is infinite."""
         pool, running, link = pressure.num_pool_blocks, pressure.num_running, costs.link_block_s
         beyond_s = pressure.out_queue_s + costs.link_latency_s - pressure.resume_wait_s
+        swap_s = 2 * costs.swap_fixed_s + pressure.swap_excess_s
+        swap_s += (pressure.in_queue_s + costs.link_latency_s) / running
         weights = np.array(
             (  # recompute, swap without the wait for the copy out, copy out beyond the resume wait
-                (costs.recompute_fixed_s, 2 * costs.swap_fixed_s + costs.link_latency_s / running, beyond_s),
+                (costs.recompute_fixed_s, swap_s, beyond_s),
                 (costs.token_s, 0.0, 0.0),
                 (costs.attention_s, 0.0, 0.0),
                 (0.0, costs.out_block_s, link),

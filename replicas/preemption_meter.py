@@ -21,8 +21,11 @@ from replicas.throttled_link import Direction
 DECAY = 0.98
 """Weight of a step in the baseline of decode steps, per step since."""
 
+EXCESS_DECAY = 0.97
+"""What is left of the swaps' excess with every recomputation: without swaps nothing else would bring it down."""
+
 RESUME_WEIGHT = 0.1
-"""Weight of the newest victim in the mean time that victims wait for blocks."""
+"""Weight of the newest victim in what is remembered of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,10 @@ class PreemptionMeter:
         self._step_copies_s = 0.0
         self.resume_wait_s = 0.0
         """Seconds between preemption and having blocks again, mean of the last victims."""
+        self.swap_excess_s = 0.0
+        """What the last swaps took beyond their price."""
+        self.survival = 0.0
+        """Share of their tokens that the last victims found in the prefix cache when they came back."""
 
     @property
     def num_open(self) -> int:
@@ -90,15 +97,19 @@ class PreemptionMeter:
             num_copied_blocks: Blocks whose copy to host memory was planned for it.
         """
         assert num_running > 0, "a preemption without running requests"
+        if decision.action is Action.RECOMPUTE:
+            self.swap_excess_s *= EXCESS_DECAY
         self._open[decision.request_id] = _Record(decision, num_tokens, num_running, now_s)
         self._plan(Direction.OUT, decision.request_id, num_copied_blocks)
 
-    def resumed(self, request_id: str, now_s: float) -> None:
-        """The request has blocks again."""
+    def resumed(self, request_id: str, now_s: float, *, num_cached_tokens: int) -> None:
+        """The request has blocks again; so many tokens were still in the prefix cache."""
         record = self._open.get(request_id)
         if record is not None and not record.resumed:
             record.resumed = True
             self.resume_wait_s += RESUME_WEIGHT * (now_s - record.since_s - self.resume_wait_s)
+            if record.num_tokens > 0:
+                self.survival += RESUME_WEIGHT * (min(1.0, num_cached_tokens / record.num_tokens) - self.survival)
 
     def loading(
         self, request_id: str, *, num_blocks: int, num_pool_blocks: int, held_s: float = 0.0, waited_s: float = 0.0
@@ -170,6 +181,7 @@ class PreemptionMeter:
         """Assert that records and planned copies make sense."""
         assert all(num_blocks > 0 for queue in self._copies.values() for _, num_blocks in queue), "an empty copy"
         assert self.resume_wait_s >= 0.0, f"victims waited for {self.resume_wait_s} s"
+        assert 0.0 <= self.survival <= 1.0, f"a share of {self.survival} survived"
 
     def _plan(self, direction: Direction, request_id: str, num_blocks: int) -> None:
         if num_blocks:
@@ -180,6 +192,9 @@ class PreemptionMeter:
         if record is not None and math.isfinite(record.measured_s):  # else there was nothing to compare with
             prices, action = record.decision.prices, record.decision.action
             predicted_s, alternative_s = prices.swap_s, prices.recompute_s
+            if action is Action.SWAP:
+                excess_s = record.measured_s - predicted_s + prices.terms_s.get("swap_excess", 0.0)
+                self.swap_excess_s += RESUME_WEIGHT * (max(0.0, excess_s) - self.swap_excess_s)
             if action is Action.RECOMPUTE:
                 predicted_s, alternative_s = alternative_s, predicted_s
             measurement = Measurement(

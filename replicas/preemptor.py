@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 HARMLESS_SHARE = 0.5
 """A swap that takes no longer than this share of what the recomputation was to take was no mistake."""
 
-Recorder = Callable[[PreemptionPolicy, Sequence[Candidate], Pressure, Sequence[PreemptionDecision]], None]
-"""Takes note of a choice: policy in force, what it was asked, what it answered."""
+Recorder = Callable[[PreemptionPolicy, Sequence[Candidate], Pressure, CostSnapshot, Sequence[PreemptionDecision]], None]
+"""Takes note of a choice: policy in force, what it was asked, at what costs, what it answered."""
 
 
 class Preemptor:
@@ -166,7 +166,7 @@ class Preemptor:
         decisions: Sequence[PreemptionDecision],
     ) -> None:
         if self._record is not None:
-            self._record(name, candidates, pressure, decisions)
+            self._record(name, candidates, pressure, self.costs, decisions)
 
     def _say(self, was: bool) -> None:
         assert self.guard is not None, "nothing to say without a guard"

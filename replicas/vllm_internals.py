@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -20,6 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 
 __all__ = [
     "AsyncScheduler",
+    "KVCacheBlock",
     "KVConnectorBase_V1",
     "KVConnectorMetadata",
     "KVConnectorOutput",

@@ -68,12 +68,17 @@ class MemoryView:
             needed += max(0, -(-slots // self._block_size) - len(self._blocks[request.request_id]))
         return max(0, needed - free)
 
-    def candidate(self, request: Request, host: HostBlockPool | None) -> Candidate:
-        """The request as a candidate for giving way."""
+    def candidate(self, request: Request, host: HostBlockPool | None, *, survival: float) -> Candidate:
+        """The request as a candidate for giving way.
+
+        Args:
+            survival: Share of a victim's tokens that is likely to be in the prefix cache when it comes back.
+        """
         tenant = tenant_of(request)
         blocks = self._blocks.get(request.request_id, [])
         # A block is shared only by requests that share all blocks before it too: the counts never rise along the list.
-        num_shared = bisect_left(blocks, True, key=lambda block: block.ref_cnt <= 1)
+        shares = bool(blocks) and blocks[0].ref_cnt > 1
+        num_shared = bisect_left(blocks, True, key=lambda block: block.ref_cnt <= 1) if shares else 0
         num_blocks = -(-request.num_computed_tokens // self._block_size)
         return Candidate(
             request_id=request.request_id,
@@ -81,7 +86,9 @@ class MemoryView:
             num_tokens=request.num_computed_tokens,
             num_blocks=num_blocks,
             num_freed_blocks=len(blocks) - num_shared,
-            num_surviving_tokens=min(num_shared * self._block_size, request.num_computed_tokens),
+            num_surviving_tokens=min(
+                max(num_shared, int(survival * num_blocks)) * self._block_size, request.num_computed_tokens
+            ),
             num_host_blocks=host.num_retained_blocks(request.request_id) if host else 0,
             num_host_slots=host.num_available_slots(tenant, request.request_id) if host else 0,
             num_remaining_tokens=max(1, request.max_tokens - request.num_output_tokens),

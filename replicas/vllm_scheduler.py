@@ -13,23 +13,27 @@ Rules:
 Source: vLLM 0.29 `v1/core/sched/scheduler.py` (`_preempt_request`, `_free_request_blocks`), `async_scheduler.py`.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from replicas.channel import EngineEnd
 from replicas.config import PreemptionPolicy, parse_policy
+from replicas.decision_log import DecisionLog
 from replicas.guard import GuardSettings
 from replicas.messages import EngineTotals
 from replicas.parent_watch import watch_parent
 from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Candidate, Pressure
 from replicas.preemption_meter import Prefill
-from replicas.preemptor import Preemptor
+from replicas.preemptor import Preemptor, Recorder
+from replicas.throttled_link import Direction
 from replicas.vllm_costs import costs_of, with_copies
 from replicas.vllm_internals import (
     AsyncScheduler,
@@ -43,6 +47,8 @@ from replicas.vllm_internals import (
 from replicas.vllm_memory import MemoryView
 from replicas.vllm_swap import SwapConnector
 
+logger = logging.getLogger(__name__)
+
 TOTALS_INTERVAL_S = 0.1
 """Seconds between two messages to the server while the engine works; it also sends when it falls idle."""
 
@@ -53,6 +59,7 @@ class _AdaptiveMixin(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         watch_parent()
+        self._epoch = os.urandom(8).hex()
         self._swap = self.connector if isinstance(self.connector, SwapConnector) else None
         self._unsafe = self._why_no_swap()
         config = self._swap.config if self._swap else None
@@ -61,6 +68,7 @@ class _AdaptiveMixin(Scheduler):
             costs_of(self.vllm_config, self.kv_cache_config, config),
             meter=self._swap.scheduling.meter if self._swap else None,
             guard=GuardSettings() if config and config.guard else None,
+            record=self._open_log(config.decision_log_folder) if config and config.decision_log_folder else None,
         )
         self._memory = MemoryView(self) if len(self.kv_cache_config.kv_cache_groups) == 1 else None
         self._decided: dict[str, PreemptionDecision] = {}
@@ -71,7 +79,6 @@ class _AdaptiveMixin(Scheduler):
             self.defer_block_free = False
         self._channel = EngineEnd.from_environment()
         self._next_totals_s = 0.0
-        self._epoch = os.urandom(8).hex()
         self._sequence = 0
         self.num_steps = self.num_scheduled_tokens = 0
         self._num_output_tokens_of_freed = 0
@@ -200,6 +207,11 @@ class _AdaptiveMixin(Scheduler):
         self._line_up_preempted()
         return bool(decisions)
 
+    def _open_log(self, folder: str) -> Recorder:
+        log = DecisionLog(Path(folder), self._epoch)
+        logger.info("Decisions on preemption are logged to %s.", log.path)
+        return log.write
+
     def _line_up_holders(self) -> None:
         """Put those who hold blocks for a load before those who hold none.
 
@@ -234,18 +246,22 @@ class _AdaptiveMixin(Scheduler):
         if self._memory is None:
             tokens = request.num_computed_tokens
             return Candidate(request_id=request.request_id, num_tokens=tokens, num_blocks=0, num_freed_blocks=0)
-        return self._memory.candidate(request, self._swap.planning.pool if self._swap else None)
+        pool = self._swap.planning.pool if self._swap else None
+        return self._memory.candidate(request, pool, survival=self.preemptor.meter.survival)
 
     def _pressure(self, *, num_needed_blocks: int) -> Pressure:
         pool = self._swap.planning.pool if self._swap else None
+        queues_s = self._swap.scheduling.queues_s(time.monotonic()) if self._swap else dict.fromkeys(Direction, 0.0)
         return Pressure(
             num_needed_blocks=num_needed_blocks,
             num_pool_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks,
             num_running=max(1, len(self.running)),
             num_batch_tokens=len(self.running),
             num_free_host_slots=pool.num_free_slots + pool.num_retained_slots if pool else 0,
-            out_queue_s=self._swap.scheduling.out_queue_s(time.monotonic()) if self._swap else 0.0,
+            out_queue_s=queues_s[Direction.OUT],
+            in_queue_s=queues_s[Direction.IN],
             resume_wait_s=self.preemptor.meter.resume_wait_s,
+            swap_excess_s=self.preemptor.meter.swap_excess_s,
             unsafe="the cache is being reset" if self._resetting else self._unsafe,
         )
 

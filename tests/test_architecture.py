@@ -40,6 +40,7 @@ SHELLS = {
     "cluster/serve.py": "starts Ray and deploys the application",
     "cluster/running.py": "asks the replicas through Ray",
     "cluster/models.py": "converts the default model with torch and transformers",
+    "cluster/bench_decision.py": "reads vLLM's requests and blocks to measure it",
     "cluster/bench_engine.py": "runs vLLM engines to measure them",
 }
 """Shells beyond the patterns, each with its reason."""

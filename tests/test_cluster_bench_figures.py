@@ -210,6 +210,13 @@ def test_noise_around_a_flat_line_never_gives_a_negative_time() -> None:
     assert Calibration.fit(falling[:1]).ttft_s == pytest.approx(0.3)
 
 
+def test_a_line_that_attention_bends_upwards_goes_through_the_origin_and_not_below_it() -> None:
+    rising = [record("a", prompt_tokens=100, first_token_s=0.01), record("a", prompt_tokens=200, first_token_s=0.06)]
+    calibration = Calibration.fit(rising)
+    assert calibration.ttft_s == 0.0
+    assert calibration.ttft_s_per_prompt_token == pytest.approx((100 * 0.01 + 200 * 0.06) / (100**2 + 200**2))
+
+
 def test_a_calibration_without_a_second_token_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two output tokens"):
         Calibration.fit([record("a", finish_s=1.0, output_tokens=1)])

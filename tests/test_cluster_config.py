@@ -53,7 +53,7 @@ def test_the_size_of_the_cache_is_all_that_must_be_said() -> None:
     args = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 * MIB}})
     assert args.replicas.num_replicas == 2
     assert args.model.id == args.model.source == "smollm2-135m-instruct"
-    assert args.preemption.policy == "swap"
+    assert args.preemption.policy == "adaptive"
 
 
 def test_settings_are_frozen() -> None:

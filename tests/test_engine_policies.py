@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cost_service.snapshot import CostSnapshot
+from replicas.decision_log import replay
 from tests.engine_runs import (
     AMPLE_HOST_BYTES,
     BLOCK_SIZE,
@@ -92,6 +93,15 @@ def test_the_adaptive_policy_recomputes_over_a_slow_link_and_swaps_over_a_fast_o
     slow, fast = (over_link(tiny_model, "adaptive", speed, **told) for speed in (1e5, 1e10))
     assert (slow.swaps, fast.recomputes) == (0, 0)
     assert min(slow.recomputes, fast.swaps) >= 10
+
+
+def test_every_decision_of_an_engine_is_reproduced_from_its_log(tiny_model: Path, tmp_path: Path) -> None:
+    told = {"cost_snapshot": COSTS.to_json(), "decision_log_folder": str(tmp_path)}
+    run = run_engine(tiny_model, "adaptive", FEW, swap=told, **PRESSURE)
+    (path,) = tmp_path.iterdir()
+    result = replay(path.read_bytes().splitlines())
+    assert result.num_decisions == run.swaps + run.recomputes >= 10
+    assert result.differing_lines == []
 
 
 def test_requests_that_go_while_their_load_is_on_its_way_leave_nothing_and_change_nothing(

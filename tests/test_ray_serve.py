@@ -233,7 +233,7 @@ def test_status_shows_both_replicas(running: Running) -> None:
     replicas = status(running)
     assert len(replicas) == 2
     assert sum(replica.get("output_tokens", 0) for replica in replicas) > 0
-    assert {replica["preemption"] for replica in replicas if "preemption" in replica} == {"swap"}
+    assert {replica["preemption"] for replica in replicas if "preemption" in replica} == {"adaptive"}
 
 
 def test_a_running_application_follows_another_policy(running: Running) -> None:

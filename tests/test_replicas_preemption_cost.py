@@ -150,7 +150,8 @@ def test_the_table_prices_as_the_terms_do() -> None:
             link_block_s=rng.random(),
         )
         around = pressure(
-            num_running=rng.randint(1, 50), num_batch_tokens=rng.randint(0, 400), resume_wait_s=30 * rng.random(),
+            num_running=rng.randint(1, 50), swap_excess_s=rng.random(), num_batch_tokens=rng.randint(0, 400),
+            resume_wait_s=30 * rng.random(), in_queue_s=rng.random(),
             out_queue_s=rng.random(), num_pool_blocks=rng.randint(1, 1000),
         )  # fmt: skip
         candidates = []

@@ -91,6 +91,18 @@ def test_a_swap_costs_its_copies_a_share_of_the_pool_and_a_share_of_the_wait() -
     assert measurement.measured_s == pytest.approx(0.006 + 2 / 50 * 0.5 + 0.7 / 5 + 0.002)
 
 
+def test_what_swaps_take_beyond_their_price_is_remembered_and_fades_with_recomputations() -> None:
+    meter = PreemptionMeter()
+    for _ in range(100):
+        give_way(meter, "a", Action.SWAP, blocks=1)
+        meter.copied(Direction.OUT, 1, 0.05)
+        meter.loading("a", num_blocks=0, num_pool_blocks=50)
+    assert meter.swap_excess_s == pytest.approx(0.04, rel=1e-3)  # the price says 0.01
+    for _ in range(100):
+        give_way(meter, "b", Action.RECOMPUTE)
+    assert meter.swap_excess_s == pytest.approx(0.04 * 0.97**100, rel=1e-3)
+
+
 def test_copies_reported_together_are_told_apart_by_their_blocks() -> None:
     meter = PreemptionMeter()
     give_way(meter, "a", Action.SWAP, blocks=3)
@@ -118,17 +130,19 @@ def test_more_copies_than_were_planned_are_a_bug() -> None:
         meter.copied(Direction.OUT, 3, 0.1)
 
 
-def test_the_time_until_victims_have_blocks_again_is_remembered_once_for_each() -> None:
+def test_what_victims_find_when_they_have_blocks_again_is_remembered_once_for_each() -> None:
     meter = PreemptionMeter()
     for name in "ab":
         give_way(meter, name, Action.RECOMPUTE)
-    meter.resumed("unknown", 5.0)
+    meter.resumed("unknown", 5.0, num_cached_tokens=50)
     assert meter.resume_wait_s == 0.0
-    meter.resumed("a", 3.0)
-    meter.resumed("a", 30.0)
+    meter.resumed("a", 3.0, num_cached_tokens=50)
+    meter.resumed("a", 30.0, num_cached_tokens=0)
     assert meter.resume_wait_s == pytest.approx(0.1 * 2.0)
-    meter.resumed("b", 5.0)
+    assert meter.survival == pytest.approx(0.1 * 0.5)
+    meter.resumed("b", 5.0, num_cached_tokens=200)
     assert meter.resume_wait_s == pytest.approx(0.2 + 0.1 * (4.0 - 0.2))
+    assert meter.survival == pytest.approx(0.05 + 0.1 * (1.0 - 0.05))
 
 
 def test_whatever_happens_every_record_ends_and_copies_never_get_out_of_step() -> None:
@@ -151,7 +165,7 @@ def test_whatever_happens_every_record_ends_and_copies_never_get_out_of_step() -
             num_forgotten += 1
         elif away:
             name = rng.choice(list(away))
-            meter.resumed(name, 1.0 + step)
+            meter.resumed(name, 1.0 + step, num_cached_tokens=rng.randint(0, 120))
             if away.pop(name) is Action.SWAP:
                 in_blocks = rng.randint(0, 5)
                 meter.loading(name, num_blocks=in_blocks, num_pool_blocks=50)

@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from replicas.config import PreemptionPolicy
@@ -42,7 +43,7 @@ class Engine:
     def preempt(self) -> None:
         """A shortage: our choice where the preemptor leads, else vLLM's victim."""
         self.num += 1
-        victim = replace(LARGE, request_id=f"r{self.num}")
+        victim = msgspec.structs.replace(LARGE, request_id=f"r{self.num}")
         if self.preemptor.ahead and self.preemptor.lead():
             (decision,) = self.preemptor.choose([candidate("leader", 16), victim], pressure())
         else:
@@ -57,7 +58,7 @@ class Engine:
             self.preemptor.meter.copied(Direction.OUT, 20, self.swap_s / 2)
         for _ in range(10):
             self.step()
-        self.preemptor.meter.resumed(victim.request_id, self.now_s)
+        self.preemptor.meter.resumed(victim.request_id, self.now_s, num_cached_tokens=0)
         if swapped:
             self.preemptor.meter.loading(victim.request_id, num_blocks=20, num_pool_blocks=100)
             self.preemptor.meter.copied(Direction.IN, 20, self.swap_s / 2)

@@ -1,0 +1,110 @@
+"""`python -m cluster bench-decision`: what one decision on preemption costs, in process and without an engine.
+
+Three figures: pricing the candidates (their table is built already), building the table, and reading the views of all
+running requests out of vLLM's own blocks and requests.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from cost_service.analytic import HARDWARE, ModelShape, analytic_snapshot
+from replicas.host_pool import HostBlockPool
+from replicas.preemption import AdaptivePolicy
+from replicas.preemption_cost import Candidate, CandidateTable, Pressure
+
+BLOCK_SIZE, ROUNDS = 16, 300
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--candidates", type=int, default=32, help="candidates that are priced (default: 32)")
+    parser.add_argument("--requests", type=int, default=256, help="running requests that are read (default: 256)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of each of them (default: 4096)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure and print medians in microseconds; 0."""
+    figures = measure(options.candidates, options.requests, options.tokens)
+    for name, value_us in figures.items():
+        print(f"{name:<44}{value_us:>9.1f} us")
+    if options.json:
+        options.json.write_text(json.dumps({"benchmark": "decision", "median_us": figures}, indent=2) + "\n")
+    return 0
+
+
+def measure(num_candidates: int, num_requests: int, num_tokens: int) -> dict[str, float]:
+    """Median microseconds of each part."""
+    rng = random.Random(0)
+    candidates = [candidate(str(number), rng.randint(1, 4096)) for number in range(num_candidates)]
+    around = Pressure(
+        num_needed_blocks=2, num_pool_blocks=8192, num_running=num_candidates, num_batch_tokens=num_candidates,
+        num_free_host_slots=10_000,
+    )  # fmt: skip
+    shape = ModelShape(active_weights=8_000_000_000, attention_width=32 * 4096)
+    costs = analytic_snapshot(
+        shape, HARDWARE["H100"], model="", parallelism=1, block_size=BLOCK_SIZE, block_bytes=BLOCK_SIZE * 131_072
+    )
+    table = CandidateTable(candidates, block_size=BLOCK_SIZE, horizon_tokens=32)
+    view, requests, host = views(num_requests, num_tokens)
+    return {
+        f"pricing {num_candidates} candidates": median_us(lambda: table.price(around, costs)),
+        f"table of {num_candidates} candidates": median_us(
+            lambda: CandidateTable(candidates, block_size=BLOCK_SIZE, horizon_tokens=32)
+        ),
+        f"a whole choice among {num_candidates}": median_us(lambda: AdaptivePolicy().choose(candidates, around, costs)),
+        f"views of {num_requests} requests of {num_tokens} tokens": median_us(
+            lambda: [view.candidate(request, host, survival=0.0) for request in requests]
+        ),
+    }
+
+
+def candidate(name: str, num_tokens: int) -> Candidate:
+    """A request of so many tokens that shares nothing."""
+    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    return Candidate(request_id=name, num_tokens=num_tokens, num_blocks=num_blocks, num_freed_blocks=num_blocks)
+
+
+def views(num_requests: int, num_tokens: int) -> tuple[Any, list[Any], HostBlockPool]:
+    """A view of vLLM's own requests and blocks, every fourth of them shared; only the scheduler around them is made up."""
+    from vllm import SamplingParams
+
+    from replicas.vllm_internals import KVCacheBlock, Request
+    from replicas.vllm_memory import MemoryView
+
+    blocks = {
+        str(number): [KVCacheBlock(block) for block in range(num_tokens // BLOCK_SIZE)]
+        for number in range(num_requests)
+    }
+    for own in blocks.values():
+        for index, block in enumerate(own):
+            block.ref_cnt = 2 if index < len(own) // 4 else 1
+    pool = SimpleNamespace(get_num_free_blocks=lambda: 0)
+    managers = SimpleNamespace(single_type_managers=[SimpleNamespace(req_to_blocks=blocks)])
+    scheduler = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
+        kv_cache_manager=SimpleNamespace(block_pool=pool, coordinator=managers),
+        block_size=BLOCK_SIZE, max_num_scheduled_tokens=8192, max_num_running_reqs=num_requests, num_lookahead_tokens=0,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=64, extra_args={"adaptivellm_tenant": "t"})
+    requests = [Request(name, [3] * num_tokens, params, None) for name in blocks]
+    for request in requests:
+        request.num_computed_tokens = num_tokens
+    return MemoryView(scheduler), requests, HostBlockPool(1000, block_size=BLOCK_SIZE)
+
+
+def median_us(work: Callable[[], object]) -> float:
+    """Median of many rounds, after some that do not count."""
+    times_us = []
+    for number in range(ROUNDS + ROUNDS // 10):
+        start_ns = time.perf_counter_ns()
+        work()
+        if number >= ROUNDS // 10:
+            times_us.append((time.perf_counter_ns() - start_ns) / 1000)
+    return statistics.median(times_us)
