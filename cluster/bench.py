@@ -25,13 +25,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.bench_engine import STOCK, Arm, EngineSettings
+from cluster.bench_engine import OFFLOAD, STOCK, Arm, EngineSettings
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
-from cluster.bench_model import RANDOM_MODELS, model_folder
+from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder
+from cluster.bootstrap import has_nvidia_gpu
 from cluster.workload import RequestRecord, RequestSpec, RunResult, SyntheticSource
 from replicas.config import PreemptionPolicy
 
-POLICIES = (STOCK, *(policy.value for policy in PreemptionPolicy))
+POLICIES = (STOCK, *(policy.value for policy in PreemptionPolicy), OFFLOAD)
 BLOCK_SIZE = 32  # tokens; the smallest that attention on CPU takes
 PRESSURE = {"workload": "synthetic:requests=480,rate=80", "pool_fraction": 0.4, "max_num_seqs": 32}
 OFF_PRESSURE = {
@@ -168,7 +169,8 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
             given[name] = value
         elif options.off_pressure:
             raise ValueError(f"--off-pressure sets --{name.replace('_', '-')} itself: leave one of them out.")
-    check_options(given)
+    accelerator = "gpu" if has_nvidia_gpu() else "cpu"
+    check_options(given, accelerator)
     source = SyntheticSource.parse(given["workload"])
     seeds = [source.seed + (repeat if options.vary_seed else 0) for repeat in range(options.repeats)]
     workloads = tuple(replace(source, seed=seed).generate() for seed in seeds)
@@ -180,6 +182,7 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
         vocab=source.vocab,
         longest=longest,
     )
+    dummy = not options.model and options.random_model in DUMMY
     engine = EngineSettings(
         model=str(folder),
         policy=STOCK,
@@ -188,9 +191,10 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
         max_num_seqs=given["max_num_seqs"],
         max_model_len=longest,
         block_size=BLOCK_SIZE,
-        dtype="float32" if options.check_exact or not options.model else "auto",
-        load_format="auto",
+        dtype="float32" if options.check_exact or not (options.model or dummy) else "auto",
+        load_format="dummy" if dummy else "auto",
         threads=options.threads,
+        accelerator=accelerator,
     )
     return Plan(
         policies=tuple(options.policy.split(",")),
@@ -203,7 +207,7 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
     )
 
 
-def check_options(given: dict[str, Any]) -> None:
+def check_options(given: dict[str, Any], accelerator: str) -> None:
     """Check what stands alone.
 
     Raises:
@@ -214,6 +218,12 @@ def check_options(given: dict[str, Any]) -> None:
         raise ValueError(f"--policy has no {unknown[0]!r}: use some of {', '.join(POLICIES)}.")
     if len(set(policies)) != len(policies):
         raise ValueError("--policy names an arm twice: name each once.")
+    if accelerator == "cpu" and (OFFLOAD in policies or (not given["model"] and given["random_model"] in DUMMY)):
+        raise ValueError(
+            f"The arm {OFFLOAD} and the models {', '.join(DUMMY)} need an NVIDIA GPU: leave them out here."
+        )
+    if given["check_exact"] and not given["model"] and given["random_model"] in DUMMY:
+        raise ValueError("--check-exact needs weights: name a --model, or a smaller --random-model.")
     for name in ("repeats", "max_num_seqs", "threads", "limit_s"):
         if not given[name] > 0 or math.isinf(given[name]):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0 and finite.")

@@ -29,6 +29,9 @@ from cluster.config import SCHEDULERS
 from cluster.workload import RequestRecord, RequestSpec, RunResult
 
 STOCK = "stock"
+OFFLOAD = "offload"
+"""vLLM's own connector that offloads KV blocks to host memory, around its own scheduler."""
+
 START_TIMEOUT_S, END_TIMEOUT_S = 600.0, 10.0
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine, scheduler and worker in the one process
@@ -49,7 +52,7 @@ class EngineSettings:
     """Folder in Hugging Face layout."""
 
     policy: str
-    """`stock` (vLLM's own scheduler, no connector) or a preemption policy of ours."""
+    """`stock` (vLLM's own scheduler, no connector), `offload` (its own connector), or a preemption policy of ours."""
 
     num_kv_blocks: int | None
     """None: what vLLM finds room for."""
@@ -61,18 +64,19 @@ class EngineSettings:
     dtype: str
     load_format: str
     threads: int
+    accelerator: str
+    """`cpu` or `gpu`, as in the product's settings."""
     swap: dict[str, Any] = field(default_factory=dict)
     """Further settings of the connector (`replicas.config.SwapConfig`)."""
 
     def engine_arguments(self) -> dict[str, Any]:
-        """vLLM's arguments: those of the product's CPU replicas (`cluster.app.make_engine_kwargs`), sized for the run."""
+        """vLLM's arguments: those of the product's replicas (`cluster.app.make_engine_kwargs`), sized for the run."""
         arguments: dict[str, Any] = {
             "model": self.model,
             "skip_tokenizer_init": True,
             "load_format": self.load_format,
             "dtype": self.dtype,
-            "enforce_eager": True,
-            "enable_chunked_prefill": False,
+            "enforce_eager": self.accelerator == "cpu",
             "max_num_batched_tokens": max(self.max_model_len, BATCHED_TOKENS),
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
@@ -80,12 +84,17 @@ class EngineSettings:
             "seed": 0,
             "disable_log_stats": True,
         }
+        if self.accelerator == "cpu":
+            arguments["enable_chunked_prefill"] = False
         if self.num_kv_blocks is not None:
             arguments["num_gpu_blocks_override"] = self.num_kv_blocks
-            # Overridden by the number of blocks; without it every arm would look for most of the host's free memory.
-            arguments["kv_cache_memory_bytes"] = 1 << 28
-        if self.policy != STOCK:
-            arguments["scheduler_cls"] = SCHEDULERS["cpu"]
+            if self.accelerator == "cpu":
+                # Overridden by the number of blocks; without it every arm would look for most of the host's free memory.
+                arguments["kv_cache_memory_bytes"] = 1 << 28
+        if self.policy == OFFLOAD:
+            arguments["kv_offloading_size"] = self.host_pool_bytes / (1 << 30)
+        elif self.policy != STOCK:
+            arguments["scheduler_cls"] = SCHEDULERS[self.accelerator]
             arguments["kv_transfer_config"] = {
                 "kv_connector": "SwapConnector",
                 "kv_connector_module_path": "replicas.vllm_swap",

@@ -16,7 +16,16 @@ TINY: dict[str, Any] = {
 SMALL: dict[str, Any] = TINY | {"hidden_size": 256, "intermediate_size": 768, "num_key_value_heads": 4}
 """On CPU a token of its prefill costs a hundredth of a decode step, as with large models on a GPU; of the tiny one less."""
 
-RANDOM_MODELS = {"tiny": TINY, "small": SMALL}
+LLAMA_8B: dict[str, Any] = TINY | {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+"""The shape of Llama-3.1-8B. vLLM makes its weights up on the device, so that tokens mean nothing and only times count."""
+
+RANDOM_MODELS = {"tiny": TINY, "small": SMALL, "llama-8b": LLAMA_8B}
+DUMMY = frozenset({"llama-8b"})
+"""Those whose weights are too large to be written down."""
 
 
 def model_folder(source: str | None, made: Path, *, config: dict[str, Any], vocab: int, longest: int) -> Path:
@@ -26,7 +35,7 @@ def model_folder(source: str | None, made: Path, *, config: dict[str, Any], voca
         ValueError: It is no folder with a model, or the requests do not fit it.
     """
     if source is None:
-        write_model(made, config)
+        write_model(made, config, weights=config is not LLAMA_8B)
     folder = models.require(source, default_home()) if source else made
     if folder is None:
         raise ValueError("--model must be a folder in Hugging Face layout: fetch the model and name its folder.")
@@ -41,12 +50,16 @@ def model_folder(source: str | None, made: Path, *, config: dict[str, Any], voca
     return folder
 
 
-def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """Write a Llama with random weights, whose next token hangs on all of its KV cache.
+def write_model(folder: Path, config: dict[str, Any], *, weights: bool) -> None:
+    """Write a Llama; its random weights, if they are wanted, make its next token hang on all of its KV cache.
 
     Why not vLLM's dummy weights: they are so small that attention hardly reaches the logits, so that an engine which
     loads the wrong KV blocks delivers the right tokens, and `--check-exact` would show nothing.
     """
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if not weights:
+        return
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -66,10 +79,8 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
             f"{layer}.mlp.up_proj": (inner, width, 1.0),
             f"{layer}.mlp.down_proj": (width, inner, 1.0),
         }
-    weights = {f"{name}.weight": np.ones(width, np.float32) for name in norms}
+    tensors = {f"{name}.weight": np.ones(width, np.float32) for name in norms}
     for name, (rows, columns, gain) in shapes.items():
         matrix = rng.standard_normal((rows, columns), dtype=np.float32)
-        weights[f"{name}.weight"] = (matrix * (gain / columns**0.5)).astype(np.float32)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors")
+        tensors[f"{name}.weight"] = (matrix * (gain / columns**0.5)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")

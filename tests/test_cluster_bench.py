@@ -20,6 +20,7 @@ import pytest
 
 from cluster import bench
 from cluster.bench_engine import EngineSettings
+from cluster.bootstrap import has_nvidia_gpu
 from cluster.workload import synthetic
 
 ROOT = Path(__file__).parents[1]
@@ -33,12 +34,17 @@ def options(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+WITHOUT_GPU = pytest.mark.skipif(has_nvidia_gpu(), reason="there is a GPU: this is no wrong option")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--policy", "stock,swop"], "--policy has no 'swop': use some of stock, recompute, swap"),
         (["--policy", "stock,stock"], "--policy names an arm twice"),
         (["--policy", ""], "--policy has no ''"),
+        pytest.param(["--policy", "stock,offload"], "The arm offload", marks=WITHOUT_GPU),
+        pytest.param(["--random-model", "llama-8b"], "the models llama-8b need an NVIDIA GPU", marks=WITHOUT_GPU),
         (["--repeats", "0"], "--repeats must be above 0"),
         (["--max-num-seqs", "-1"], "--max-num-seqs must be above 0"),
         (["--threads", "0"], "--threads must be above 0"),
@@ -95,12 +101,17 @@ def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
     settings: dict[str, Any] = {
         "model": "folder", "num_kv_blocks": 9, "host_pool_bytes": 77, "max_num_seqs": 4, "max_model_len": 100,
         "block_size": 32, "dtype": "float32", "load_format": "auto", "threads": 1,
+        "accelerator": "cpu",
     }  # fmt: skip
     stock = EngineSettings(policy="stock", **settings).engine_arguments()
     swap = EngineSettings(policy="swap", **settings).engine_arguments()
     assert {key: swap[key] for key in stock} == stock
     assert set(swap) - set(stock) == {"scheduler_cls", "kv_transfer_config"}
     assert swap["kv_transfer_config"]["kv_connector_extra_config"] == {"preemption": "swap", "host_pool_bytes": 77}
+    gpu = settings | {"accelerator": "gpu", "host_pool_bytes": 3 << 30}
+    offload = EngineSettings(policy="offload", **gpu).engine_arguments()
+    assert offload == EngineSettings(policy="stock", **gpu).engine_arguments() | {"kv_offloading_size": 3.0}
+    assert "AsyncScheduler" in EngineSettings(policy="swap", **gpu).engine_arguments()["scheduler_cls"]
     unlimited = EngineSettings(policy="stock", **settings | {"num_kv_blocks": None})
     assert "num_gpu_blocks_override" not in unlimited.engine_arguments()
 
