@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(policy=",".join(ARMS), random_model="small", workload=WORKLOAD)
     parser.add_argument("--speeds", default=SPEEDS, help=f"multiples of the break-even (default: {SPEEDS})")
     parser.add_argument("--costs-wrong-by", type=float, default=1.0, help="factor on the recompute costs it is told")
+    parser.add_argument("--link-wrong-by", type=float, default=1.0, help="factor on the link's speed that it is told")
     parser.add_argument("--no-guard", action="store_true", help="let wrong costs have their way")
 
 
@@ -69,8 +70,7 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[st
         say(f"Link at {speed:g} times the break-even")
         link = speed * break_even
         costs = snapshot(config, calibration, kv_bytes * plan.engine.block_size, plan.engine.block_size)
-        wrong = options.costs_wrong_by
-        costs = replace(costs, token_s=costs.token_s * wrong, recompute_fixed_s=costs.recompute_fixed_s * wrong)
+        costs = mistaken(costs, options, kv_bytes * plan.engine.block_size / link)
         swap = {"throttled_link_bytes_per_s": link, "cost_snapshot": costs.to_json(), "guard": not options.no_guard}
         arms = replace(plan, engine=replace(plan.engine, swap=swap))
         folder = scratch / f"{speed:g}"
@@ -85,7 +85,8 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[st
         "link": "SIMULATED: a throttle around real copies and a real engine",
         "machine": bench.machine_facts(),
         "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks,
-                                        "costs_wrong_by": options.costs_wrong_by, "guard": not options.no_guard},
+                                        "costs_wrong_by": options.costs_wrong_by,
+                                        "link_wrong_by": options.link_wrong_by, "guard": not options.no_guard},
         "calibration": asdict(calibration) | {"check": check},
         "break_even_bytes_per_s": break_even,
         "crossover": {
@@ -115,6 +116,16 @@ def crossover(results: dict[str, Any]) -> float | None:
         if below < 0 <= above:
             return math.exp(x + (next_x - x) * below / (below - above))
     return None
+
+
+def mistaken(costs: CostSnapshot, options: argparse.Namespace, link_block_s: float) -> CostSnapshot:
+    """The costs that the arms are told, which the options may have made wrong."""
+    wrong = options.costs_wrong_by
+    costs = replace(costs, token_s=costs.token_s * wrong, recompute_fixed_s=costs.recompute_fixed_s * wrong)
+    if options.link_wrong_by != 1:
+        # As if learned: the engine puts the throttle's true speed into analytic costs.
+        costs = replace(costs, version=1, link_block_s=link_block_s / options.link_wrong_by)
+    return costs
 
 
 def parse_speeds(text: str) -> list[float]:

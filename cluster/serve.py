@@ -21,6 +21,7 @@ from typing import Any
 from cluster import keys, models
 from cluster.config import AppArgs, ServeFile, load
 from replicas.features import refused_feature
+from replicas.host_memory import available_memory_bytes
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "manifests" / "serve_local.yaml"
 PROCESS_BYTES = 1_300_000_000
@@ -130,14 +131,6 @@ def check_model(args: AppArgs, folder: Path | None) -> None:
             f"{args.replicas.num_replicas} replicas need about {wanted / 1e9:.1f} GB together and this host has "
             f"{free / 1e9:.1f} GB free: use fewer --replicas, or smaller kv_cache_bytes and host_pool_bytes."
         )
-
-
-def available_memory_bytes() -> int:
-    """Memory that new processes of this host can take (Linux `MemAvailable`)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no MemAvailable in /proc/meminfo")
 
 
 def run(file: ServeFile, dashboard_port: int, say: Callable[[str], None], stop: threading.Event) -> int:

@@ -24,8 +24,8 @@ def costs_of(vllm_config: Any, kv_cache_config: Any, config: SwapConfig | None) 
     """
     block_bytes = bytes_per_block(kv_cache_config)
     costs = _configured(vllm_config, config) or _analytic(vllm_config, block_bytes)
-    if config is not None and config.throttled_link_bytes_per_s is not None:
-        # The throttle's own speed: only a learned snapshot knows better, and the cost service writes none for a throttle.
+    if config is not None and config.throttled_link_bytes_per_s is not None and costs.version == 0:
+        # The throttle's own speed: only a learned snapshot knows better.
         costs = replace(
             costs,
             link_latency_s=config.throttled_link_latency_s,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from replicas.config import SwapConfig
+from replicas.host_memory import available_memory_bytes
 from replicas.parent_watch import watch_parent
 from replicas.swap_planner import SwapPlan, SwapPlanner
 from replicas.throttled_link import Direction
@@ -131,7 +132,16 @@ class SwapConnector(KVConnectorBase_V1):
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """Build the views and the host buffer; called once, before the first step."""
+        """Build the views and the host buffer; called once, before the first step.
+
+        Raises:
+            ValueError: The host has no room for the buffer.
+        """
+        wanted, free = self.num_slots * self._block_bytes, available_memory_bytes()
+        if wanted > free:
+            raise ValueError(
+                f"host_pool_bytes must fit the host: {wanted / 1e9:.1f} GB are wanted and {free / 1e9:.1f} GB free."
+            )
         copier = BlockCopier(kv_caches, num_blocks=self._kv_cache_config.num_blocks, num_slots=self.num_slots)
         self._working = SwapWorker(copier, verify_checksums=self.config.verify_checksums)
 

@@ -171,14 +171,16 @@ def engine(
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"preemption": policy, "host_pool_bytes": host_bytes, **(swap or {})},
         }
-    llm = LLM(**arguments | changes)
+    llm = None
     try:
+        llm = LLM(**arguments | changes)
         yield llm
     finally:
-        channel = getattr(scheduler_of(llm), "_channel", None)
-        llm.llm_engine.engine_core.engine_core.shutdown()
-        if channel is not None:
-            channel.close()  # in a server the process ends here
+        if llm is not None:
+            channel = getattr(scheduler_of(llm), "_channel", None)
+            llm.llm_engine.engine_core.engine_core.shutdown()
+            if channel is not None:
+                channel.close()  # in a server the process ends here
         cleanup_dist_env_and_memory()
         ensure_kv_transfer_shutdown()
 

@@ -19,6 +19,7 @@ import yaml
 
 from cluster import serve
 from cluster.config import DEFAULT_MODEL, AppArgs
+from replicas.host_memory import available_memory_bytes
 
 GIB = 1 << 30
 SERVE_LOCAL = yaml.safe_load(serve.DEFAULT_CONFIG.read_text())
@@ -175,7 +176,7 @@ def test_gpu_replicas_and_hub_ids_are_not_measured_here(folder: Path, monkeypatc
 
 
 def test_this_hosts_memory_is_known() -> None:
-    assert serve.available_memory_bytes() > 1 << 20
+    assert available_memory_bytes() > 1 << 20
 
 
 def test_a_refused_feature_is_named(folder: Path) -> None:

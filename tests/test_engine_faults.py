@@ -69,3 +69,14 @@ def test_bytes_that_changed_in_host_memory_would_reach_the_tokens_without_checks
 
         copier.copy_in = spoil_and_copy_in
         assert differing(JOBS, generate(llm, JOBS), base)
+
+
+def test_a_host_pool_that_the_host_has_no_room_for_ends_the_start_in_one_sentence(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replicas.vllm_swap.available_memory_bytes", lambda: 1_000_000)
+    with (
+        pytest.raises(ValueError, match=r"host_pool_bytes must fit the host: 0\.1 GB are wanted and 0\.0 GB free\."),
+        engine(tiny_model, "swap", **PRESSURE),
+    ):
+        pass

@@ -38,6 +38,7 @@ START_LIMIT_S = 600
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """URLs of the endpoint and of the dashboard."""
+    subprocess.run([sys.executable, "-m", "cluster.models"], env=environment(), check=True, timeout=600)
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     gcs_port, dashboard_port, http_port = free_port(), free_port(), free_port()
     config = yaml.safe_load(MANIFEST.read_text())
