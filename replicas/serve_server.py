@@ -97,12 +97,14 @@ class _Metrics:
         )
         self._output_tokens = Counter("adaptivellm_output_tokens_total", description="Tokens delivered.")
         self._seconds = Counter(
-            "adaptivellm_preemption_seconds_total",
+            "adaptivellm_preemption_cost_seconds",
             description="Engine seconds that preemptions were predicted to cost, and did.",
             tag_keys=("action", "kind"),
         )
-        self._guarded = Gauge(
-            "adaptivellm_guard_active", description="1 while preemptions follow vLLM's own behaviour for safety."
+        self._degraded = Gauge(
+            "adaptivellm_degraded",
+            description="1 while a part does without its own judgement: preemption follows vLLM's behaviour.",
+            tag_keys=("part",),
         )
         self._headroom = Gauge("adaptivellm_headroom_blocks", description="KV blocks kept free at admission.")
         self._host_slots = Gauge(
@@ -124,7 +126,7 @@ class _Metrics:
         for kind in ("predicted", "measured"):
             for action in ("swap", "recompute"):
                 increment(self._seconds, f"{kind}_{action}_s", {"action": action, "kind": kind})
-        self._guarded.set(float(now.guarded))
+        self._degraded.set(float(now.guarded), tags={"part": "preemption"})
         self._headroom.set(now.headroom_blocks)
         used, retained = now.num_used_host_slots, now.num_retained_host_slots
         for state, num in (("used", used), ("retained", retained), ("free", now.num_host_slots - used - retained)):
