@@ -120,7 +120,16 @@ def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
 def test_the_command_measures_every_policy_to_the_token(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     command, mark = start(
-        "--policy", "stock,swap,recompute", "--repeats", "1", "--workload", SMALL, "--check-exact", "--json", str(file)
+        "bench",
+        "--policy",
+        "stock,swap,recompute",
+        "--repeats",
+        "1",
+        "--workload",
+        SMALL,
+        "--check-exact",
+        "--json",
+        str(file),
     )
     out, err = command.communicate(timeout=500)
     assert command.returncode == 0, err
@@ -155,9 +164,34 @@ def test_the_command_measures_every_policy_to_the_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+def test_the_sweep_over_links_measures_a_simulated_link_and_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    command, mark = start(
+        "bench-link", "--policy", "recompute,swap,adaptive", "--speeds", "100", "--random-model", "tiny",
+        "--repeats", "1", "--workload", SMALL, "--json", str(file),
+    )  # fmt: skip
+    out, err = command.communicate(timeout=500)
+    assert command.returncode == 0, err
+    assert processes(mark) == []
+    assert out.startswith("Link SIMULATED: ")
+    report = json.loads(file.read_text())
+    assert list(report["speeds"]) == ["100"]
+    for speed, result in report["speeds"].items():
+        assert result["link_bytes_per_s"] == pytest.approx(float(speed) * report["break_even_bytes_per_s"])
+        assert list(result["arms"]) == ["recompute", "swap", "adaptive"]
+        for policy, arm in result["arms"].items():
+            assert arm["unfinished"] == 0
+            assert arm["preemptions"] == arm["swaps"] + arm["recomputes"]
+            assert policy == "adaptive" or arm[f"{policy}s"] == arm["preemptions"] > 0
+        assert set(result["ratios"]["throughput_tokens_per_s"]) == {
+            "adaptive/recompute", "adaptive/swap", "adaptive/best_fixed", "swap/recompute"
+        }  # fmt: skip
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_command_cut_short_leaves_no_engine(number: signal.Signals, status: int) -> None:
-    command, mark = start("--workload", SMALL)
+    command, mark = start("bench", "--workload", SMALL)
     try:
         wait_for(lambda: len(processes(mark)) == 2, "the first engine to start", limit_s=60)
         command.send_signal(number)
@@ -176,7 +210,7 @@ def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
     """Start the command in a process of its own; return it and the mark of its processes."""
     mark = uuid.uuid4().hex
     command = subprocess.Popen(
-        [sys.executable, "-m", "cluster", "bench", *arguments],
+        [sys.executable, "-m", "cluster", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

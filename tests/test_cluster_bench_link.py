@@ -1,6 +1,6 @@
 """Goal: the sweep over link speeds asks for what it says and draws the right conclusions from its runs.
 
-Method: hand-made runs with known figures; the engines themselves run in `tests/test_cluster_bench.py`.
+Method: hand-made runs with known figures; the command itself runs in `tests/test_cluster_bench.py`.
 """
 
 from typing import Any
