@@ -18,7 +18,9 @@ from cluster import bench, models
 from cluster.bench_engine import STOCK, Arm
 from cluster.bench_figures import Calibration, Figures, figures, ratios_of
 from cluster.workload import RunResult
-from cost_service.analytic import HARDWARE, ModelShape, analytic_snapshot
+from cost_service.analytic import HARDWARE, analytic_snapshot
+from cost_service.kv_memory import ELEMENT_BYTES, kv_token_bytes
+from cost_service.model_shape import ModelShape
 from cost_service.snapshot import CostSnapshot
 
 FIXED = ("recompute", "swap")
@@ -60,7 +62,7 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[st
         demand = statistics.median(bench.run_ample(plan, alone, workload).peak_kv_blocks for workload in plan.workloads)
     num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
     config = models.read_config(Path(plan.engine.model))
-    kv_bytes = kv_bytes_per_token(config, 4 if plan.engine.dtype == "float32" else 2)
+    kv_bytes = kv_token_bytes(ModelShape.from_config(config), element_bytes=ELEMENT_BYTES[plan.engine.dtype])
     break_even = kv_bytes / calibration.ttft_s_per_prompt_token
     say(f"  {kv_bytes} bytes of KV and {calibration.ttft_s_per_prompt_token * 1e6:.1f} us per token: break-even at "
         f"{break_even / 1e6:.1f} MB/s; {num_blocks} of {demand:.0f} blocks")  # fmt: skip
@@ -141,14 +143,6 @@ def parse_speeds(text: str) -> list[float]:
     if not speeds or not all(0 < speed < math.inf for speed in speeds):
         raise ValueError("--speeds must be numbers above 0, such as 0.1,1,10.")
     return speeds
-
-
-def kv_bytes_per_token(config: dict[str, Any], item_bytes: int) -> int:
-    """KV bytes of one token over all layers, for grouped-query attention."""
-    heads = int(config["num_attention_heads"])
-    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    return 2 * int(config["num_hidden_layers"]) * kv_heads * head_size * item_bytes
 
 
 def snapshot(config: dict[str, Any], calibration: Calibration, block_bytes: int, block_size: int) -> CostSnapshot:

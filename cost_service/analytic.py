@@ -5,10 +5,9 @@ cached ones takes 2 * layers * heads * (d_qk + d_v) / 2 * ((n + r)^2 - r^2) FLOP
 `flops_per_s / bytes_per_s * bytes_per_weight / 2` a step's time is that of reading the weights.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
+from cost_service.model_shape import ModelShape
 from cost_service.snapshot import CostSnapshot
 
 
@@ -77,37 +76,6 @@ HARDWARE = {
         ),
     )
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """What a decoder-only transformer computes per token."""
-
-    active_weights: int
-    """Weights that one token passes, embedding table excluded."""
-
-    attention_width: int
-    """Layers x heads x (d_qk + d_v) / 2."""
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read a `config.json` of Hugging Face (grouped-query attention, gated MLP or experts).
-
-        Raises:
-            ValueError: A size is missing.
-        """
-        try:
-            width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-            heads, inner = int(config["num_attention_heads"]), int(config["intermediate_size"])
-            vocabulary = int(config["vocab_size"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"The model's config.json has no usable {error}: give a cost snapshot.") from None
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_size = int(config.get("head_dim") or width // heads)
-        experts = int(config.get("num_experts_per_tok") or 1)
-        inner = int(config.get("moe_intermediate_size") or inner)
-        per_layer = width * head_size * (2 * heads + 2 * kv_heads) + 3 * width * inner * experts
-        return cls(active_weights=layers * per_layer + width * vocabulary, attention_width=layers * heads * head_size)
 
 
 def analytic_snapshot(

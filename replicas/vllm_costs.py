@@ -7,7 +7,8 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from cost_service.analytic import HARDWARE, Hardware, ModelShape, analytic_snapshot
+from cost_service.analytic import HARDWARE, Hardware, analytic_snapshot
+from cost_service.model_shape import SEVEN_BILLION, ModelShape
 from cost_service.snapshot import CostSnapshot
 from replicas.config import SwapConfig
 from replicas.vllm_block_copy import CopySpeeds, bytes_per_block
@@ -41,6 +42,21 @@ def with_copies(costs: CostSnapshot, speeds: CopySpeeds) -> CostSnapshot:
     return replace(costs, swap_fixed_s=speeds.fixed_s, out_block_s=speeds.out_block_s, in_block_s=speeds.in_block_s)
 
 
+def newer_costs(costs: CostSnapshot, text: str) -> CostSnapshot | None:
+    """Read a snapshot that has arrived for an engine with these costs; None, said in the log, where it is not for it."""
+    try:
+        newer = CostSnapshot.from_json(text)
+    except ValueError as error:
+        logger.warning("%s Going on with version %d.", error, costs.version)
+        return None
+    if not newer.fits(
+        model=costs.model, hardware=costs.hardware, parallelism=costs.parallelism, block_size=costs.block_size
+    ):
+        logger.warning("A cost snapshot for %s on %s is not for this engine: going on.", newer.model, newer.hardware)
+        return None
+    return newer if newer.version > costs.version else None
+
+
 def _configured(vllm_config: Any, config: SwapConfig | None) -> CostSnapshot | None:
     if config is None or config.cost_snapshot is None:
         return None
@@ -65,7 +81,7 @@ def _analytic(vllm_config: Any, block_bytes: int) -> CostSnapshot:
         shape = ModelShape.from_config(model.hf_text_config.to_dict())
     except ValueError as error:
         logger.warning("%s Starting with the costs of a model of seven billion weights.", error)
-        shape = ModelShape(active_weights=7_000_000_000, attention_width=32 * 4096)
+        shape = SEVEN_BILLION
     return analytic_snapshot(
         shape,
         hardware_of_this_host(),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.bench_figures import Calibration
-from cluster.bench_link import crossover, kv_bytes_per_token, link_bytes_per_s, parse_speeds, snapshot
+from cluster.bench_link import crossover, link_bytes_per_s, parse_speeds, snapshot
 from cluster.bench_model import SMALL
 from cluster.workload import RequestRecord, RunResult
 
@@ -54,8 +54,6 @@ def test_a_link_would_have_to_carry_all_that_was_recomputed() -> None:
 
 
 def test_the_costs_that_arms_are_told_are_the_measured_ones_and_copies_are_left_to_the_engine() -> None:
-    kv_bytes = kv_bytes_per_token(SMALL, 4)
-    assert kv_bytes == 2 * 4 * 256 * 4
-    costs = snapshot(SMALL, CALIBRATION, 32 * kv_bytes, 32)
+    costs = snapshot(SMALL, CALIBRATION, 32 * 2 * 4 * 256 * 4, 32)
     assert (costs.token_s, costs.recompute_fixed_s) == (1e-4, pytest.approx(0.002))
     assert costs.version == 0  # analytic: copies measured at start take the place of its own
