@@ -10,11 +10,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cost_service.analytic import HARDWARE, ModelShape, analytic_snapshot
+from cost_service.analytic import HARDWARE, analytic_snapshot
+from cost_service.learner import BLOCK_KNOTS, TOKEN_KNOTS
+from cost_service.model_shape import SEVEN_BILLION
 from replicas.host_pool import HostBlockPool
 from replicas.preemption import AdaptivePolicy
 from replicas.preemption_cost import Candidate, CandidateTable, Pressure
@@ -47,14 +50,25 @@ def measure(num_candidates: int, num_requests: int, num_tokens: int) -> dict[str
         num_needed_blocks=2, num_pool_blocks=8192, num_running=num_candidates, num_batch_tokens=num_candidates,
         num_free_host_slots=10_000,
     )  # fmt: skip
-    shape = ModelShape(active_weights=8_000_000_000, attention_width=32 * 4096)
     costs = analytic_snapshot(
-        shape, HARDWARE["H100"], model="", parallelism=1, block_size=BLOCK_SIZE, block_bytes=BLOCK_SIZE * 131_072
+        SEVEN_BILLION,
+        HARDWARE["H100"],
+        model="",
+        parallelism=1,
+        block_size=BLOCK_SIZE,
+        block_bytes=BLOCK_SIZE * 131_072,
+    )
+    learned = replace(
+        costs,
+        recompute_knots_s=(1e-4,) * TOKEN_KNOTS,
+        out_knots_s=(1e-4,) * BLOCK_KNOTS,
+        in_knots_s=(1e-4,) * BLOCK_KNOTS,
     )
     table = CandidateTable(candidates, block_size=BLOCK_SIZE, horizon_tokens=32)
     view, requests, host = views(num_requests, num_tokens)
     return {
         f"pricing {num_candidates} candidates": median_us(lambda: table.price(around, costs)),
+        f"pricing {num_candidates} candidates, learned costs": median_us(lambda: table.price(around, learned)),
         f"table of {num_candidates} candidates": median_us(
             lambda: CandidateTable(candidates, block_size=BLOCK_SIZE, horizon_tokens=32)
         ),

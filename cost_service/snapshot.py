@@ -3,6 +3,8 @@
 Rules:
 - Seconds of engine time per unit of work, never code: JSON with a checksum on the wire and in storage, no pickle.
 - A snapshot belongs to one (model, hardware, parallelism) and one KV block layout; another's is refused, not adapted.
+- Linear costs come first; what measurements show beside them is a function of size (`cost_service.hats`), empty where
+  nothing was learned.
 - A damaged or foreign snapshot is a `ValueError`; whoever reads one goes on with what it had.
 
 Source of the terms: a step's time is a fixed part plus what exceeds the ridge where matrix products become compute-bound;
@@ -15,7 +17,9 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-SCHEMA = 1
+SCHEMA = 2
+
+MAX_KNOTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +64,23 @@ class CostSnapshot:
     link_block_s: float = 0.0
     """Seconds per block and direction that a transfer occupies the link beside the engine."""
 
+    recompute_knots_s: tuple[float, ...] = ()
+    """Seconds that recomputing 1, 2, 4, ... tokens takes beyond all that, below 0 where it takes less."""
+
+    out_knots_s: tuple[float, ...] = ()
+    """The same of a copy of 1, 2, 4, ... blocks to host memory."""
+
+    in_knots_s: tuple[float, ...] = ()
+    """And of a copy back."""
+
     def __post_init__(self) -> None:
         for name, least in (("version", 0), ("parallelism", 1), ("block_size", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} of a cost snapshot must be a whole number of at least {least}.")
         for field in fields(self):
+            if field.type == tuple[float, ...]:
+                object.__setattr__(self, field.name, _knots(field.name, getattr(self, field.name)))
             if field.type is not float:
                 continue
             value = getattr(self, field.name)
@@ -108,6 +123,16 @@ class CostSnapshot:
         """Whether the snapshot was made for such a replica."""
         mine = (self.model, self.hardware, self.parallelism, self.block_size)
         return mine == (model, hardware, parallelism, block_size)
+
+
+def _knots(name: str, values: object) -> tuple[float, ...]:
+    if not isinstance(values, tuple | list) or len(values) > MAX_KNOTS:
+        raise ValueError(f"{name} of a cost snapshot must be a list of at most {MAX_KNOTS} numbers.")
+    if any(
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) for value in values
+    ):
+        raise ValueError(f"{name} of a cost snapshot must hold finite numbers.")
+    return tuple(map(float, values))
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -8,11 +8,13 @@ Rules:
 Terms (a comparison of FLOPs with bytes alone would always swap; these are what it leaves out):
     recompute = fixed                                            a prefill among decodes, whatever its size
               + token_s * max(0, n - slack) + attention_s * (T^2 - r^2)
+              + residual(n)                                  what was learned beside, by size
     swap      = 2 * fixed                                        overhead of two copies
               + out_block_s * copied + in_block_s * loaded       stall of the others while blocks are copied
               + loaded / pool * (latency + link_block_s * loaded)    blocks that are held but idle while they load
               + (in queue + latency + link_block_s * loaded) / running    the victim's own wait for its load
               + max(0, latency + out queue + link_block_s * copied - resume wait) / running    and for its copy out
+              + residual(copied) + residual(loaded)              what was learned beside, by size
               + excess                                           what the last swaps took beyond all that (a busy link)
 with T tokens held, r of them likely to survive in the prefix cache until resume, n = T - r, slack = tokens that the step
 can take for nothing (up to the ridge), copied = blocks not in host memory yet, loaded = blocks beyond the surviving ones.
@@ -27,6 +29,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_service.hats import hats, value_at
 from cost_service.snapshot import CostSnapshot
 
 
@@ -125,7 +128,12 @@ def prices(candidate: Candidate, pressure: Pressure, costs: CostSnapshot) -> Pri
         "swap_wait": (pressure.in_queue_s + in_s + max(0.0, out_s - pressure.resume_wait_s)) / pressure.num_running,
     }
     terms["swap_excess"] = pressure.swap_excess_s
-    of = {action: sum(s for name, s in terms.items() if name.startswith(action)) for action in ("recompute", "swap")}
+    terms["recompute_residual"] = value_at(new, costs.recompute_knots_s)
+    terms["swap_residual"] = value_at(copied, costs.out_knots_s) + value_at(loaded, costs.in_knots_s)
+    of = {
+        action: max(0.0, sum(s for name, s in terms.items() if name.startswith(action)))
+        for action in ("recompute", "swap")
+    }
     return Prices(recompute_s=of["recompute"], swap_s=of["swap"], terms_s=terms)
 
 
@@ -138,13 +146,14 @@ def prefill_s(chunks: Sequence[tuple[int, int]], *, num_decodes: int, costs: Cos
     slack = max(0.0, costs.ridge_tokens - num_decodes)
     attention = sum((first + num) ** 2 - first**2 for first, num in chunks)
     num_tokens = sum(num for _, num in chunks)
-    return costs.recompute_fixed_s + costs.token_s * max(0.0, num_tokens - slack) + costs.attention_s * attention
+    linear_s = costs.recompute_fixed_s + costs.token_s * max(0.0, num_tokens - slack) + costs.attention_s * attention
+    return max(0.0, linear_s + value_at(num_tokens, costs.recompute_knots_s))
 
 
 class CandidateTable:
     """All candidates of a step as columns of numbers, built once; `price` then takes microseconds."""
 
-    __slots__ = ("_features", "benefit", "candidates", "num_copied", "num_freed")
+    __slots__ = ("_extended", "_features", "_of", "_weights", "benefit", "candidates", "num_copied", "num_freed")
 
     def __init__(self, candidates: Sequence[Candidate], *, block_size: int, horizon_tokens: float) -> None:
         """Build the columns.
@@ -169,6 +178,8 @@ class CandidateTable:
         ]
         table = np.array(rows, dtype=np.float64).reshape(len(rows), 8)
         self._features = np.ascontiguousarray(table[:, :6])
+        self._of: CostSnapshot | None = None
+        self._extended, self._weights = self._features, np.zeros((6, 3))
         may_load = np.array([c.can_load and _copied(c) <= c.num_host_slots for c in self.candidates], dtype=bool)
         self.num_copied = np.where(may_load, table[:, 3], np.inf)
         self.num_freed = table[:, 6]
@@ -180,26 +191,41 @@ class CandidateTable:
         beyond_s = pressure.out_queue_s + costs.link_latency_s - pressure.resume_wait_s
         swap_s = 2 * costs.swap_fixed_s + pressure.swap_excess_s
         swap_s += (pressure.in_queue_s + costs.link_latency_s) / running
-        weights = np.array(
-            (  # recompute, swap without the wait for the copy out, copy out beyond the resume wait
-                (costs.recompute_fixed_s, swap_s, beyond_s),
-                (costs.token_s, 0.0, 0.0),
-                (costs.attention_s, 0.0, 0.0),
-                (0.0, costs.out_block_s, link),
-                (0.0, costs.in_block_s + link / running + costs.link_latency_s / pool, 0.0),
-                (0.0, link / pool, 0.0),
-            )
+        features, weights = self._learned(costs)
+        weights[:6] = (  # recompute, swap without the wait for the copy out, copy out beyond the resume wait
+            (costs.recompute_fixed_s, swap_s, beyond_s),
+            (costs.token_s, 0.0, 0.0),
+            (costs.attention_s, 0.0, 0.0),
+            (0.0, costs.out_block_s, link),
+            (0.0, costs.in_block_s + link / running + costs.link_latency_s / pool, 0.0),
+            (0.0, link / pool, 0.0),
         )
-        terms: NDArray[np.float64] = self._features @ weights
+        terms: NDArray[np.float64] = features @ weights
         table = terms[:, :2]
         table[:, 1] += np.maximum(0.0, terms[:, 2]) / running
         if slack := _slack(pressure, costs):
             table[:, 0] -= costs.token_s * np.minimum(self._features[:, 1], slack)
+        if len(weights) > 6:  # linear costs are never negative
+            np.maximum(table, 0.0, out=table)
         if pressure.unsafe is not None:
             table[:, 1] = np.inf
         else:
             table[self.num_copied > pressure.num_free_host_slots, 1] = np.inf
         return table
+
+    def _learned(self, costs: CostSnapshot) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Features and weights with what was learned by size behind the linear terms; built once for each snapshot."""
+        if self._of is not costs:
+            self._of, self._extended = costs, self._features
+            knots = (costs.recompute_knots_s, costs.out_knots_s, costs.in_knots_s)
+            self._weights = np.zeros((6 + sum(map(len, knots)), 3))
+            if len(self._weights) > 6:
+                sizes = (self._features[:, column] for column in (1, 3, 4))  # computed, copied, loaded
+                shares = [hats(size, len(knot)) for size, knot in zip(sizes, knots, strict=True)]
+                self._extended = np.ascontiguousarray(np.concatenate((self._features, *shares), axis=1))
+                self._weights[6 : 6 + len(knots[0]), 0] = knots[0]
+                self._weights[6 + len(knots[0]) :, 1] = (*knots[1], *knots[2])
+        return self._extended, self._weights
 
 
 def _slack(pressure: Pressure, costs: CostSnapshot) -> float:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.shared_data import FOLDER
+
 if TYPE_CHECKING:
     from tests.engine_runs import Base
 
@@ -34,6 +36,12 @@ TINY_LLAMA = {
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of public traces and profiles; with `tests.shared_data.needs_data`."""
+    return FOLDER
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cost_service.analytic import HARDWARE, ModelShape, analytic_snapshot
+from cost_service.analytic import HARDWARE, analytic_snapshot
+from cost_service.model_shape import ModelShape
 from cost_service.snapshot import CostSnapshot
 
 VALUES: dict[str, Any] = {
@@ -26,6 +27,9 @@ VALUES: dict[str, Any] = {
     "in_block_s": 0.0,
     "link_latency_s": 1e-5,
     "link_block_s": 4e-5,
+    "recompute_knots_s": (1e-4, -2e-4, 0.0),
+    "out_knots_s": (),
+    "in_knots_s": (5.0,),
 }
 LLAMA_8B = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -44,6 +48,21 @@ def test_another_text_is_refused(text: str) -> None:
         CostSnapshot.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("knots", "message"),
+    [
+        (3, "recompute_knots_s of a cost snapshot must be a list of at most 64 numbers"),
+        ([0.0] * 65, "a list of at most 64"),
+        ([True], "recompute_knots_s of a cost snapshot must hold finite numbers"),
+        (["1"], "finite numbers"),
+        ([float("nan")], "finite numbers"),
+    ],
+)
+def test_knots_that_are_none_are_refused(knots: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CostSnapshot(**VALUES | {"recompute_knots_s": knots})
+
+
 def test_a_changed_value_is_noticed_by_the_checksum() -> None:
     text = CostSnapshot(**VALUES).to_json().replace("5e-05", "5e-06").replace("0.005", "0.006")
     with pytest.raises(ValueError, match="checksum"):
@@ -51,8 +70,8 @@ def test_a_changed_value_is_noticed_by_the_checksum() -> None:
 
 
 def test_another_schema_is_refused() -> None:
-    record = json.loads(CostSnapshot(**VALUES).to_json()) | {"schema": 2}
-    with pytest.raises(ValueError, match="must have schema 1"):
+    record = json.loads(CostSnapshot(**VALUES).to_json()) | {"schema": 1}
+    with pytest.raises(ValueError, match="must have schema 2"):
         CostSnapshot.from_json(json.dumps(record))
 
 
@@ -74,21 +93,6 @@ def test_a_snapshot_is_for_one_kind_of_replica() -> None:
     assert snapshot.fits(model="m", hardware="H100", parallelism=2, block_size=16)
     assert not snapshot.fits(model="m", hardware="A100", parallelism=2, block_size=16)
     assert not snapshot.fits(model="m", hardware="H100", parallelism=2, block_size=32)
-
-
-def test_the_shape_of_llama_8b_has_its_weights() -> None:
-    # 8.03 billion weights, less the 0.53 billion of the embedding table, which a token does not pass.
-    assert ModelShape.from_config(LLAMA_8B).active_weights == pytest.approx(7.50e9, rel=0.01)
-
-
-def test_a_mixture_of_experts_counts_the_experts_that_a_token_passes() -> None:
-    experts = {**LLAMA_8B, "num_experts_per_tok": 2, "moe_intermediate_size": 7168}
-    assert ModelShape.from_config(experts) == ModelShape.from_config(LLAMA_8B)
-
-
-def test_a_config_without_a_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="no usable 'hidden_size'"):
-        ModelShape.from_config({})
 
 
 def test_the_analytic_costs_of_llama_8b_on_h100_are_those_of_the_literature() -> None:

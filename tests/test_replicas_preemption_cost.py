@@ -61,6 +61,27 @@ def test_recomputing_costs_every_token_and_the_square_of_the_context() -> None:
     assert prices(candidate(), pressure(), COSTS).recompute_s == pytest.approx(160e-3 + 160**2 * 1e-6)
 
 
+def test_what_was_learned_by_size_is_added() -> None:
+    learned = replace(
+        COSTS, recompute_knots_s=(0.0,) * 7 + (0.5, 0.5), out_knots_s=(0.0, 0.0, 0.0, 0.25), in_knots_s=(1.0,)
+    )
+    found = prices(candidate(num_host_blocks=2), pressure(), learned)
+    assert found.terms_s["recompute_residual"] == pytest.approx(0.5)
+    assert found.terms_s["swap_residual"] == pytest.approx(0.25 + 1.0)
+    assert found.recompute_s == pytest.approx(160e-3 + 160**2 * 1e-6 + 0.5)
+    nothing_copied = prices(candidate(num_host_blocks=10), pressure(), learned)
+    assert nothing_copied.terms_s["swap_residual"] == pytest.approx(1.0)
+
+
+def test_no_price_is_negative_whatever_was_learned() -> None:
+    learned = replace(COSTS, recompute_knots_s=(-9.0,) * 9, out_knots_s=(-9.0,) * 9)
+    found = prices(candidate(), pressure(), learned)
+    assert (found.recompute_s, found.swap_s) == (0.0, 0.0)
+    assert prefill_s([(0, 160)], num_decodes=0, costs=learned) == 0.0
+    table = CandidateTable([candidate()], block_size=16, horizon_tokens=1.0).price(pressure(), learned)
+    assert table.tolist() == [[0.0, 0.0]]
+
+
 def test_a_prefill_among_decodes_has_an_overhead_of_its_own() -> None:
     found = prices(candidate(), pressure(), replace(COSTS, recompute_fixed_s=5e-3))
     assert found.recompute_s == pytest.approx(5e-3 + 160e-3 + 160**2 * 1e-6)
@@ -130,6 +151,10 @@ def test_a_request_that_ends_soon_is_of_little_use_as_a_victim() -> None:
     assert table.benefit == pytest.approx([10 / 32, 5, 10, 10])
 
 
+def knots(rng: random.Random, most: int) -> tuple[float, ...]:
+    return tuple(rng.uniform(-0.5, 1.0) for _ in range(rng.choice([0, 0, most])))
+
+
 def test_the_table_prices_as_the_terms_do() -> None:
     rng = random.Random(7)
     for _ in range(300):
@@ -148,6 +173,9 @@ def test_the_table_prices_as_the_terms_do() -> None:
             in_block_s=rng.random(),
             link_latency_s=rng.random(),
             link_block_s=rng.random(),
+            recompute_knots_s=knots(rng, 12),
+            out_knots_s=knots(rng, 6),
+            in_knots_s=knots(rng, 5),
         )
         around = pressure(
             num_running=rng.randint(1, 50), swap_excess_s=rng.random(), num_batch_tokens=rng.randint(0, 400),

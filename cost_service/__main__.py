@@ -1,0 +1,124 @@
+"""`python -m cost_service fit | evaluate`: learn costs from profiles, and say how well what was learned predicts."""
+
+import argparse
+import json
+import logging
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from cost_service import evaluate
+from cost_service.fit import snapshot_of
+from cost_service.profiles import load_profiles
+from cost_service.step_time import MeasuredModel, StepTime
+
+BLOCK_SIZE = 16
+"""Tokens per KV block of a GPU replica, vLLM's default."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0; 2 for a wrong option or profile, said in one sentence.
+    """
+    parser = argparse.ArgumentParser(prog="python -m cost_service", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    fit = commands.add_parser("fit", help="write the cost snapshots of a profile's models")
+    judge = commands.add_parser("evaluate", help="judge predictions of what was not fitted")
+    for command in (fit, judge):
+        command.add_argument("--profile", type=Path, required=True, metavar="DIR", help="folder of profiles")
+        command.add_argument(
+            "--model-config", type=Path, metavar="FILE", help="config.json of the model, if not in DIR"
+        )
+        command.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
+    fit.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="tokens per KV block (default: %(default)s)")
+    judge.add_argument(
+        "--fit-on", type=Path, action="append", default=[], metavar="DIR",
+        help="fit on these profiles of the same GPU and judge all of --profile; may be given several times",
+    )  # fmt: skip
+    judge.add_argument(
+        "--holdout", metavar="EXPR", help="rows to hold out, such as 'context > 4096' or 'rank(tokens) % 3 == 1'"
+    )
+    judge.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted against measured (.png, .svg, .pdf)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        result = run_fit(options) if options.command == "fit" else run_evaluate(options)
+        write(result, options.json)
+    except (ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Judge; print a table; return the report."""
+    models = load(options.profile, options.model_config)
+    if options.fit_on:
+        if options.holdout is not None:
+            raise ValueError("--holdout splits the folder itself: leave it out with --fit-on, or --fit-on with it.")
+        fitted = [model for folder in options.fit_on for model in load(folder, None)]
+        judged = evaluate.transfer(fitted, models)
+    else:
+        judged = evaluate.split_by_gpu(models, options.holdout)
+    figures = evaluate.report(judged)
+    print(table(figures))
+    if options.plot is not None:
+        from cost_service.plot import draw
+
+        draw(judged, options.plot)
+    return {"profiles": sorted({model.name for model in models}), "figures": figures}
+
+
+def run_fit(options: argparse.Namespace) -> dict[str, Any]:
+    """Fit each GPU's profiles together; return a snapshot for each."""
+    if options.block_size < 1:
+        raise ValueError("--block-size must be above 0.")
+    by_gpu: dict[str, list[MeasuredModel]] = defaultdict(list)
+    for model in load(options.profile, options.model_config):
+        by_gpu[model.profile.hardware].append(model)
+    snapshots = {}
+    for gpu, models in by_gpu.items():
+        if not any(model.attention for model in models):
+            print(f"{gpu}: attention was not measured, so there are no step times to fit.", file=sys.stderr)
+            continue
+        times = StepTime()
+        times.fit(models)
+        for model in models:
+            print(f"{model.name}: fitting ...", file=sys.stderr)
+            snapshot = snapshot_of(model, times, block_size=options.block_size)
+            snapshots[model.name] = json.loads(snapshot.to_json())
+    if not snapshots:
+        raise ValueError(f"{options.profile} has no profile with attention: profile it, or give another folder.")
+    return {"snapshots": snapshots}
+
+
+def load(folder: Path, model_config: Path | None) -> list[MeasuredModel]:
+    """Read the profiles of a folder with their models' shapes."""
+    return [MeasuredModel.of(profile) for profile in load_profiles(folder, model_config=model_config)]
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """Render figures for a terminal."""
+    lines = [f"{'what':<24}{'rows':>8}{'mean':>9}{'median':>9}{'p90':>9}{'bias':>9}{'in 90 %':>9}{'asked':>9}"]
+    for name, one in figures.items():
+        asked = f"{one['asked']:>9.0%}{'' if one['reached'] else '  missed'}" if "asked" in one else ""
+        lines.append(
+            f"{name:<24}{one['rows']:>8}{one['mean_error']:>9.2%}{one['median_error']:>9.2%}{one['p90_error']:>9.2%}"
+            f"{one['bias']:>+9.2%}{one['interval_coverage']:>9.1%}{asked}"
+        )
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], target: str | None) -> None:
+    """Write a result as JSON to a file, or to standard output for `-`."""
+    if target == "-":
+        print(json.dumps(result, indent=1))
+    elif target is not None:
+        Path(target).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
