@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "serve": ("cluster.serve", "start Ray on this machine and serve the model until Ctrl-C"),
     "status": ("cluster.status", "show the replicas of a running application"),
+    "costs": ("cluster.costs", "show what the cost service has learned, and what it predicts"),
     "policy": ("cluster.policy", "let running replicas follow another preemption policy"),
     "replay": ("cluster.replay", "let the policies decide again what a decision log holds"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),

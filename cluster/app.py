@@ -68,6 +68,7 @@ def build(args: dict[str, Any]) -> Application:
         tenant_by_key_hash=keys.load_or_create(settings.state.path).to_mapping(),
         max_model_len=settings.replicas.max_model_len,
         limits=limits,
+        state_file=str(settings.state.path / "state.sqlite"),
     )
 
 

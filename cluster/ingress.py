@@ -11,6 +11,7 @@ import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -31,6 +32,8 @@ from cluster.request_checks import (
     check_headers,
     parse_body,
 )
+from cluster.state import SqliteStore
+from cost_service.cost_actor import start_cost_actor
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,9 +56,17 @@ class AdaptiveIngress(OpenAiIngress):
     """Ray's OpenAI ingress with our own front: authentication, checks, error shape, streaming."""
 
     def __init__(
-        self, *, tenant_by_key_hash: dict[str, str], max_model_len: int, limits: RequestLimits, **kwargs: Any
+        self,
+        *,
+        tenant_by_key_hash: dict[str, str],
+        max_model_len: int,
+        limits: RequestLimits,
+        state_file: str,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        # Here, for the ingress runs wherever the application does, and the actor takes no request's time.
+        start_cost_actor(SqliteStore(Path(state_file)))
         self._keyring = Keyring(tenant_by_key_hash)
         self._max_model_len = max_model_len
         self._limits = limits

@@ -46,3 +46,22 @@ def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
     if not found:
         raise LookupError("no application of ours is running: start one with `make serve`.")
     return found
+
+
+def ask_cost_service(method: str, *arguments: Any, **keywords: Any) -> Any:
+    """Call a method of the cluster's cost service.
+
+    Raises:
+        LookupError: There is none, or it does not answer.
+    """
+    import ray
+
+    from cost_service.cost_actor import find_cost_actor
+
+    actor = find_cost_actor()
+    if actor is None:
+        raise LookupError("no cost service is running: start an application with `make serve`.")
+    try:
+        return ray.get(getattr(actor, method).remote(*arguments, **keywords), timeout=10)
+    except ray.exceptions.RayError as error:
+        raise LookupError(f"the cost service does not answer ({type(error).__name__}): try again.") from None

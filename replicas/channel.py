@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import zmq
 import zmq.asyncio
 
-from replicas.messages import EngineTotals, SetPolicy, decode_to_engine, decode_totals, encode
+from replicas.messages import ToEngine, ToServer, decode_to_engine, decode_to_server, encode
 
 S = TypeVar("S", bound="zmq.Socket[Any]")
 
@@ -46,7 +46,7 @@ class EngineEnd:
         address = os.environ.get(CHANNEL_VARIABLE)
         return cls(address) if address else None
 
-    def receive(self) -> Iterator[SetPolicy]:
+    def receive(self) -> Iterator[ToEngine]:
         """Yield what has arrived, a few messages at most."""
         for _ in range(MAX_MESSAGES_PER_STEP):
             try:
@@ -58,10 +58,10 @@ class EngineEnd:
             except ValueError:
                 self.num_rejected += 1
 
-    def send(self, totals: EngineTotals) -> bool:
-        """Queue totals for the server; False when the queue is full."""
+    def send(self, message: ToServer) -> bool:
+        """Queue a message for the server; False when the queue is full."""
         try:
-            self._socket.send(encode(totals), zmq.NOBLOCK)
+            self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             self.num_dropped += 1
             return False
@@ -82,16 +82,16 @@ class ServerEnd:
         self._socket.bind(self.address)
         self.num_rejected = 0
 
-    async def receive(self) -> EngineTotals:
-        """Wait for the next totals; what does not parse is counted and skipped."""
+    async def receive(self) -> ToServer:
+        """Wait for the engine's next message; what does not parse is counted and skipped."""
         while True:
             data = await self._socket.recv()
             try:
-                return decode_totals(data)
+                return decode_to_server(data)
             except ValueError:
                 self.num_rejected += 1
 
-    async def send(self, message: SetPolicy, *, timeout_s: float = 1.0) -> bool:
+    async def send(self, message: ToEngine, *, timeout_s: float = 1.0) -> bool:
         """Queue a message for the engine; False when there is no room for `timeout_s` seconds."""
         try:
             await asyncio.wait_for(self._socket.send(encode(message)), timeout_s)

@@ -3,9 +3,14 @@
 Rule: totals are cumulative since the engine started, so that a lost message costs nothing and a repeated one adds nothing.
 """
 
+from typing import TypeVar
+
 import msgspec
 
+from cost_service.samples import Sample
 from replicas.config import PreemptionPolicy
+
+T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -14,6 +19,22 @@ class SetPolicy(msgspec.Struct, frozen=True, kw_only=True, tag="set_policy", for
     """Server to engine: follow another preemption policy from the next step on."""
 
     preemption: PreemptionPolicy
+
+
+class SetCosts(msgspec.Struct, frozen=True, kw_only=True, tag="set_costs", forbid_unknown_fields=True):
+    """Server to engine: decide by these costs from the next step on."""
+
+    snapshot: str
+    """As `CostSnapshot.to_json` writes it."""
+
+
+class CostSamples(msgspec.Struct, frozen=True, kw_only=True, tag="samples", forbid_unknown_fields=True):
+    """Engine to server: what was measured since the last such message; a lost one is not sent again."""
+
+    costs: str
+    """The cost snapshot in force, as `CostSnapshot.to_json` writes it: whose samples these are, and what to begin with."""
+
+    samples: list[Sample]
 
 
 class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forbid_unknown_fields=True):
@@ -61,19 +82,25 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forb
     measured_recompute_s: float
     swapped_out_blocks: int
     swapped_in_blocks: int
+    costs_version: int
+    """Version of the cost snapshot in force."""
+
     dropped_messages: int
     """Totals that found no room on the channel; the next ones carry their content."""
 
 
-ToEngine = SetPolicy
-"""What the engine accepts; a union once there are more."""
+ToEngine = SetPolicy | SetCosts
+"""What the engine accepts."""
+
+ToServer = EngineTotals | CostSamples
+"""What the engine sends."""
 
 _encoder = msgspec.json.Encoder()
 _to_engine = msgspec.json.Decoder(ToEngine)
-_totals = msgspec.json.Decoder(EngineTotals)
+_to_server = msgspec.json.Decoder(ToServer)
 
 
-def encode(message: SetPolicy | EngineTotals) -> bytes:
+def encode(message: ToEngine | ToServer) -> bytes:
     """Return the message as JSON."""
     data = _encoder.encode(message)
     assert len(data) <= MAX_MESSAGE_BYTES, f"a {type(message).__name__} of {len(data)} bytes"
@@ -87,17 +114,24 @@ def decode_to_engine(data: bytes) -> ToEngine:
         ValueError: Not a message that an engine accepts (`msgspec.DecodeError` is one), or too large.
     """
     _check_size(data)
-    return _to_engine.decode(data)
+    return _decode(_to_engine, data)
 
 
-def decode_totals(data: bytes) -> EngineTotals:
+def decode_to_server(data: bytes) -> ToServer:
     """Parse what an engine sent.
 
     Raises:
-        ValueError: Not totals (`msgspec.DecodeError` is one), or too large.
+        ValueError: Nothing that an engine sends (`msgspec.DecodeError` is one), or too large.
     """
     _check_size(data)
-    return _totals.decode(data)
+    return _decode(_to_server, data)
+
+
+def _decode(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
+    try:
+        return decoder.decode(data)
+    except RecursionError:  # what stands before the tag is skipped, however deep
+        raise ValueError("A message is nested too deeply.") from None
 
 
 def _check_size(data: bytes) -> None:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cost_service.samples import CopySample, LinkSample, PrefillSample, Sample
 from replicas.preemption import Action, PreemptionDecision
 from replicas.throttled_link import Direction
 
@@ -26,6 +27,9 @@ EXCESS_DECAY = 0.97
 
 RESUME_WEIGHT = 0.1
 """Weight of the newest victim in what is remembered of them."""
+
+MAX_SAMPLES = 512
+"""Samples that wait to be fetched; older ones go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,7 @@ class PreemptionMeter:
         self._decodes = _Line()
         self._done: list[Measurement] = []
         self._step_copies_s = 0.0
+        self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self.resume_wait_s = 0.0
         """Seconds between preemption and having blocks again, mean of the last victims."""
         self.swap_excess_s = 0.0
@@ -130,6 +135,7 @@ class PreemptionMeter:
     def copied(self, direction: Direction, num_blocks: int, seconds: float) -> None:
         """Copies have ended that took so long together: the oldest planned ones of that direction."""
         self._step_copies_s += seconds
+        self._samples.append(CopySample(direction=direction.value, num_blocks=num_blocks, seconds=seconds))
         queue, left = self._copies[direction], num_blocks
         while left > 0:
             request_id, planned = queue.popleft()
@@ -139,6 +145,10 @@ class PreemptionMeter:
                 record.measured_s += seconds * planned / num_blocks
                 if direction is Direction.IN:
                     self._finish(request_id)
+
+    def transferred(self, direction: Direction, num_blocks: int, seconds: float) -> None:
+        """A transfer beside the engine took so long from when the link was free for it."""
+        self._samples.append(LinkSample(direction=direction.value, num_blocks=num_blocks, seconds=seconds))
 
     def step(self, seconds: float, *, num_decodes: int, prefills: Sequence[Prefill]) -> float | None:
         """A step of a busy engine has ended; the copies reported since the last one ran within it.
@@ -162,7 +172,13 @@ class PreemptionMeter:
             record.measured_s += extra_s * again / total
             if end >= record.num_tokens:
                 self._finish(prefill.request_id)
-        return extra_s if math.isfinite(extra_s) else None
+        if not math.isfinite(extra_s):
+            return None
+        attention = float(sum((one.first + one.num_tokens) ** 2 - one.first**2 for one in prefills))
+        self._samples.append(
+            PrefillSample(num_tokens=total, attention=attention, num_decodes=num_decodes, seconds=extra_s)
+        )
+        return extra_s
 
     def forget(self, request_id: str) -> None:
         """The request has finished or was aborted, or what it costs cannot be told."""
@@ -176,6 +192,12 @@ class PreemptionMeter:
         """Return what was measured since the last call."""
         done, self._done = self._done, []
         return done
+
+    def take_samples(self) -> list[Sample]:
+        """Return what costs can be learned from, since the last call."""
+        samples = list(self._samples)
+        self._samples.clear()
+        return samples
 
     def check(self) -> None:
         """Assert that records and planned copies make sense."""

@@ -18,8 +18,9 @@ from ray.util.metrics import Counter, Gauge
 
 from replicas.channel import CHANNEL_VARIABLE, ServerEnd
 from replicas.config import parse_policy
-from replicas.messages import EngineTotals, SetPolicy
+from replicas.messages import CostSamples, EngineTotals, SetPolicy
 from replicas.parent_watch import PARENT_VARIABLE
+from replicas.serve_costs import CostExchange
 from replicas.serve_engine import AdaptiveVLLMEngine
 
 logger = logging.getLogger("ray.serve")
@@ -46,7 +47,8 @@ class AdaptiveLLMServer(LLMServer):
         self._channel = ServerEnd()
         os.environ[CHANNEL_VARIABLE] = self._channel.address
         os.environ[PARENT_VARIABLE] = str(os.getpid())
-        self._reader = asyncio.create_task(self._read_totals())
+        self._costs = CostExchange(self._channel, self._metrics.say_cost_service_away)
+        self._tasks = [asyncio.create_task(self._read_channel()), asyncio.create_task(self._costs.run())]
         await super().start()
 
     async def status(self) -> dict[str, Any]:
@@ -70,8 +72,9 @@ class AdaptiveLLMServer(LLMServer):
 
     async def check_health(self) -> None:
         """The engine's health, and that its reports are still read."""
-        if self._reader.done():
-            self._reader.result()  # raises what ended it
+        for task in self._tasks:
+            if task.done():
+                task.result()  # raises what ended it
         await super().check_health()
 
     async def record_routing_stats(self) -> dict[str, Any]:
@@ -81,11 +84,14 @@ class AdaptiveLLMServer(LLMServer):
             stats["adaptivellm"] = msgspec.to_builtins(self._totals)
         return stats
 
-    async def _read_totals(self) -> None:
+    async def _read_channel(self) -> None:
         while True:
-            totals = await self._channel.receive()
-            self._metrics.update(self._totals, totals)
-            self._totals, self._totals_at_s = totals, time.monotonic()
+            message = await self._channel.receive()
+            if isinstance(message, CostSamples):
+                self._costs.add(message)
+                continue
+            self._metrics.update(self._totals, message)
+            self._totals, self._totals_at_s = message, time.monotonic()
 
 
 class _Metrics:
@@ -103,13 +109,16 @@ class _Metrics:
         )
         self._degraded = Gauge(
             "adaptivellm_degraded",
-            description="1 while a part does without its own judgement: preemption follows vLLM's behaviour.",
+            description="1 while a part is not itself: preemption does as vLLM does, cost_service does not answer.",
             tag_keys=("part",),
         )
         self._headroom = Gauge("adaptivellm_headroom_blocks", description="KV blocks kept free at admission.")
         self._host_slots = Gauge(
             "adaptivellm_host_pool_blocks", description="KV blocks of the host pool.", tag_keys=("state",)
         )
+
+    def say_cost_service_away(self, away: bool) -> None:
+        self._degraded.set(float(away), tags={"part": "cost_service"})
 
     def update(self, before: EngineTotals | None, now: EngineTotals) -> None:
         if before is not None and before.epoch != now.epoch:

@@ -27,14 +27,14 @@ from replicas.channel import EngineEnd
 from replicas.config import PreemptionPolicy, parse_policy
 from replicas.decision_log import DecisionLog
 from replicas.guard import GuardSettings
-from replicas.messages import EngineTotals
+from replicas.messages import CostSamples, EngineTotals, SetPolicy
 from replicas.parent_watch import watch_parent
 from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Candidate, Pressure
 from replicas.preemption_meter import Prefill
 from replicas.preemptor import Preemptor, Recorder
 from replicas.throttled_link import Direction
-from replicas.vllm_costs import costs_of, with_copies
+from replicas.vllm_costs import costs_of, newer_costs, with_copies
 from replicas.vllm_internals import (
     AsyncScheduler,
     PauseState,
@@ -78,6 +78,8 @@ class _AdaptiveMixin(Scheduler):
             # out of order. Ours copies in stream order, and held-back blocks would make one shortage preempt everybody.
             self.defer_block_free = False
         self._channel = EngineEnd.from_environment()
+        if self._channel is not None:  # others of our kind may have learned more than we can know now
+            self._channel.send(CostSamples(costs=self.preemptor.costs.to_json(), samples=[]))
         self._next_totals_s = 0.0
         self._sequence = 0
         self.num_steps = self.num_scheduled_tokens = 0
@@ -92,8 +94,7 @@ class _AdaptiveMixin(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's step, after what arrived on the channel and with room made where it was short."""
         if self._channel is not None:
-            for message in self._channel.receive():
-                self.preemptor.follow(parse_policy(message.preemption))
+            self._take_messages(self._channel)
         if self._step_began_s is None:
             self._step_began_s = time.monotonic()
         self._line_up_holders()
@@ -108,6 +109,13 @@ class _AdaptiveMixin(Scheduler):
             self.num_swapped_out_blocks += len(plan.out_blocks)
             self.num_swapped_in_blocks += len(plan.in_blocks)
         return output
+
+    def _take_messages(self, channel: EngineEnd) -> None:
+        for message in channel.receive():
+            if isinstance(message, SetPolicy):
+                self.preemptor.follow(parse_policy(message.preemption))
+            elif (costs := newer_costs(self.preemptor.costs, message.snapshot)) is not None:
+                self.preemptor.costs = costs
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """vLLM's update, then what the step teaches, counters, and the report to the server."""
@@ -153,6 +161,8 @@ class _AdaptiveMixin(Scheduler):
         )  # fmt: skip
         if self._channel is not None:
             self._channel.send(self.totals())
+            if samples := self.preemptor.meter.take_samples():
+                self._channel.send(CostSamples(costs=self.preemptor.costs.to_json(), samples=samples))
 
     def _free_blocks(self, request: Request) -> None:
         """Count the request's tokens, then let vLLM forget it: finished, aborted or failed, each comes here once."""
@@ -326,6 +336,7 @@ class _AdaptiveMixin(Scheduler):
             measured_recompute_s=preemptor.measured_s[Action.RECOMPUTE],
             swapped_out_blocks=self.num_swapped_out_blocks,
             swapped_in_blocks=self.num_swapped_in_blocks,
+            costs_version=preemptor.costs.version,
             dropped_messages=self._channel.num_dropped if self._channel else 0,
         )
 

@@ -59,9 +59,7 @@ class SwapScheduling:
             request.request_id, tenant=tenant_of(request), num_tokens=request.num_computed_tokens, block_ids=block_ids
         )
         if self._link is not None and num_blocks is not None:
-            self._arrived_s[request.request_id] = self._link.submit(
-                Direction.OUT, num_blocks * self._block_bytes, time.monotonic()
-            )
+            self._arrived_s[request.request_id] = self._transfer(self._link, Direction.OUT, num_blocks)
         return num_blocks
 
     def num_loadable_tokens(self, request: Request, num_cached_tokens: int) -> tuple[int | None, bool]:
@@ -110,12 +108,21 @@ class SwapScheduling:
         if self._asynchronous and num_external_tokens:
             if self._link is not None:
                 # The bytes are copied in this step, so the slots are free after it; only the clock goes on.
-                done_s = self._link.submit(Direction.IN, num_blocks * self._block_bytes, now_s)
+                done_s = self._transfer(self._link, Direction.IN, num_blocks)
             self._loads.append((request.request_id, done_s))
         self.meter.loading(
             request.request_id, num_blocks=num_blocks, num_pool_blocks=self._num_pool_blocks,
             held_s=done_s - now_s, waited_s=waited_s + done_s - now_s,
         )  # fmt: skip
+
+    def _transfer(self, link: ThrottledLink, direction: Direction, num_blocks: int) -> float:
+        """Let the simulated link carry blocks; return when it has, and let the meter know how long that takes."""
+        now_s = time.monotonic()
+        free_s = now_s + link.queue_s(direction, now_s)
+        done_s = link.submit(direction, num_blocks * self._block_bytes, now_s)
+        if num_blocks:
+            self.meter.transferred(direction, num_blocks, done_s - free_s)
+        return done_s
 
     def lose(self, slots: list[int]) -> None:
         """What these slots hold is not what it should be: nobody is to load it, and nothing is told of what it cost."""

@@ -247,6 +247,86 @@ def test_a_running_application_follows_another_policy(running: Running) -> None:
         assert {replica["preemption"] for replica in status(running)} == {policy}
 
 
+def costs(*arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "cluster", "costs", "--json", "-", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
+    kinds: list[dict[str, Any]] = json.loads(answer.stdout[answer.stdout.index("{") :])["kinds"]
+    return kinds
+
+
+def learn(running: Running, least_version: int) -> dict[str, Any]:
+    """Let the replicas work until the cost service has such a version; return what it says of them."""
+    deadline_s = time.monotonic() + 90
+
+    def ask(number: int) -> httpx.Response:  # something new each time: what is in the prefix cache teaches nothing
+        body = {"model": MODEL, "prompt": f"{time.monotonic_ns()} " * (1 + number), "max_tokens": 16}
+        return running.post(COMPLETIONS, body)
+
+    while True:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(24)))
+        assert {answer.status_code for answer in answers} == {200}
+        kinds = costs("--tokens", "100")
+        if kinds and kinds[0]["version"] >= least_version:
+            (kind,) = kinds
+            return kind
+        assert time.monotonic() < deadline_s, f"the cost service learned {kinds}"
+
+
+def test_what_the_replicas_measure_becomes_the_costs_that_all_of_them_use(running: Running) -> None:
+    kind = learn(running, 1)
+    assert (kind["hardware"], kind["parallelism"]) == ("cpu", 1)
+    assert 0 < kind["predicted_s"]["prefill"] < 10
+    deadline_s = time.monotonic() + 30
+    while any(replica.get("costs_version", 0) < 1 for replica in status(running)):
+        assert time.monotonic() < deadline_s, "a replica goes on with the costs that it started with"
+        assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 2}).status_code == 200
+
+
+KILL = """
+from cluster.running import connected
+with connected("auto"):
+    import ray
+    from cost_service.cost_actor import find_cost_actor
+    ray.kill(find_cost_actor(), no_restart=False)
+"""
+
+
+def test_a_killed_cost_service_comes_back_with_its_newest_costs_and_nobody_notices(running: Running) -> None:
+    before = learn(running, 2)["version"]
+    subprocess.run([sys.executable, "-c", KILL], env=environment(), check=True, timeout=120, capture_output=True)
+    answer = running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 4})
+    assert answer.status_code == 200
+    assert learn(running, before)["version"] >= before
+    assert learn(running, before + 1)["version"] > before
+
+
+METRICS = """
+from cluster.running import connected
+with connected("auto"):
+    import ray
+    print([node["MetricsExportPort"] for node in ray.nodes()])
+"""
+
+
+def test_metrics_have_the_names_that_dashboards_rely_on(running: Running) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", METRICS], env=environment(), check=True, timeout=120, capture_output=True, text=True
+    )
+    (port,) = json.loads(found.stdout.splitlines()[-1])
+    names = {
+        "ray_adaptivellm_host_pool_blocks", "ray_adaptivellm_degraded", "ray_adaptivellm_headroom_blocks",
+        "ray_adaptivellm_output_tokens_total",
+    }  # fmt: skip
+    deadline_s = time.monotonic() + 60
+    told = ""
+    while missing := {name for name in names if f"\n{name}{{" not in told}:
+        assert time.monotonic() < deadline_s, missing
+        # Ray shows what was set since it last collected: somebody must be at work.
+        assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 16}).status_code == 200
+        told += httpx.get(f"http://127.0.0.1:{port}/metrics").text
+
+
 def test_a_client_that_leaves_frees_its_request(running: Running) -> None:
     body = {"model": MODEL, "prompt": "Count:", "max_tokens": 1900, "ignore_eos": True, "stream": True}
     headers = {"authorization": f"Bearer {running.key}"}

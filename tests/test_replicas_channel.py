@@ -27,7 +27,7 @@ from replicas.channel import (
     EngineEnd,
     ServerEnd,
 )
-from replicas.messages import MAX_MESSAGE_BYTES, EngineTotals, SetPolicy, encode
+from replicas.messages import MAX_MESSAGE_BYTES, EngineTotals, SetPolicy, ToEngine, encode
 from tests.engine_runs import Run, engine, generate, mixed_jobs, run_engine
 
 NUM_CALLS = 10_000
@@ -64,9 +64,9 @@ def raw_server(address: str) -> Iterator["zmq.Socket[bytes]"]:
     socket.close(linger=0)
 
 
-def received(end: EngineEnd, num: int) -> list[SetPolicy]:
+def received(end: EngineEnd, num: int) -> list[ToEngine]:
     """The next `num` messages, or what came of them in time."""
-    messages: list[SetPolicy] = []
+    messages: list[ToEngine] = []
     wait_until(lambda: len(messages.extend(end.receive()) or messages) >= num)
     return messages
 
@@ -358,7 +358,9 @@ class ServerThread:
 
     async def _read(self) -> None:
         while True:
-            self.arrived.append(await self._end.receive())
+            message = await self._end.receive()
+            if isinstance(message, EngineTotals):
+                self.arrived.append(message)
 
     def send(self, message: SetPolicy) -> bool:
         return asyncio.run_coroutine_threadsafe(self._end.send(message, timeout_s=WAIT_S), self._loop).result()

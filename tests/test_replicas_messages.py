@@ -11,8 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cost_service.samples import CopySample, LinkSample, PrefillSample
 from replicas.config import PreemptionPolicy
-from replicas.messages import MAX_MESSAGE_BYTES, EngineTotals, SetPolicy, decode_to_engine, decode_totals, encode
+from replicas.messages import (
+    MAX_MESSAGE_BYTES,
+    CostSamples,
+    EngineTotals,
+    SetCosts,
+    SetPolicy,
+    decode_to_engine,
+    decode_to_server,
+    encode,
+)
 
 COUNT = st.integers(0, 2**63 - 1)
 SECONDS = st.floats(allow_nan=False, allow_infinity=False)
@@ -35,13 +45,26 @@ TOTALS_FIELDS: dict[str, Any] = {
 
 @given(TOTALS)
 def test_totals_come_back_as_they_were_sent(totals: EngineTotals) -> None:
-    assert decode_totals(encode(totals)) == totals
+    assert decode_to_server(encode(totals)) == totals
 
 
 @pytest.mark.parametrize("policy", PreemptionPolicy)
 def test_every_policy_of_the_settings_can_be_sent(policy: PreemptionPolicy) -> None:
     message = SetPolicy(preemption=policy.value)
     assert decode_to_engine(encode(message)) == message
+
+
+def test_samples_come_back_as_they_were_sent_and_costs_too() -> None:
+    samples = CostSamples(
+        costs="{}",
+        samples=[
+            PrefillSample(num_tokens=3, attention=9.0, num_decodes=2, seconds=-1e-4),
+            CopySample(direction="out", num_blocks=4, seconds=0.5),
+            LinkSample(direction="in", num_blocks=4, seconds=0.25),
+        ],
+    )
+    assert decode_to_server(encode(samples)) == samples
+    assert decode_to_engine(encode(SetCosts(snapshot="{}"))) == SetCosts(snapshot="{}")
 
 
 def test_messages_are_json_with_a_type_so_that_they_can_be_read_in_a_log() -> None:
@@ -59,7 +82,7 @@ def test_a_message_too_large_to_receive_is_refused_before_it_is_parsed() -> None
     with pytest.raises(ValueError, match="too large"):
         decode_to_engine(padded)
     with pytest.raises(ValueError, match="too large"):
-        decode_totals(encode(EngineTotals(**TOTALS_FIELDS)) + b" " * MAX_MESSAGE_BYTES)
+        decode_to_server(encode(EngineTotals(**TOTALS_FIELDS)) + b" " * MAX_MESSAGE_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -93,20 +116,20 @@ def test_an_engine_does_not_accept_totals_nor_a_server_a_policy() -> None:
     with pytest.raises(ValueError, match="totals"):
         decode_to_engine(encode(EngineTotals(**TOTALS_FIELDS)))
     with pytest.raises(ValueError, match="set_policy"):
-        decode_totals(encode(SetPolicy(preemption="swap")))
+        decode_to_server(encode(SetPolicy(preemption="swap")))
 
 
 @pytest.mark.parametrize("field", EngineTotals.__struct_fields__)
 def test_totals_without_one_of_their_fields_or_with_one_of_a_wrong_type_are_refused(field: str) -> None:
     missing = {"type": "totals"} | {name: value for name, value in TOTALS_FIELDS.items() if name != field}
     with pytest.raises(ValueError, match=field):
-        decode_totals(json.dumps(missing).encode())
+        decode_to_server(json.dumps(missing).encode())
     with pytest.raises(ValueError, match=field):
-        decode_totals(json.dumps({"type": "totals"} | TOTALS_FIELDS | {field: [1]}).encode())
+        decode_to_server(json.dumps({"type": "totals"} | TOTALS_FIELDS | {field: [1]}).encode())
 
 
 @given(st.binary(max_size=200) | JSON_VALUES.map(msgspec.json.encode))
 def test_junk_is_a_value_error_and_nothing_else(data: bytes) -> None:
-    for decode in (decode_to_engine, decode_totals):
+    for decode in (decode_to_engine, decode_to_server):
         with pytest.raises(ValueError):  # noqa: PT011
             decode(data)

@@ -1,0 +1,106 @@
+"""What survives a restart: JSON documents in a local SQLite file, each with its checksum.
+
+Rules:
+- The file and its folder are for their owner only (0600, 0700).
+- A document whose checksum is wrong, and a file that is no database, are said and left out: starting matters more.
+- Writes are transactions; SQLite's write-ahead log keeps readers and a killed writer apart.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS documents (
+    collection TEXT NOT NULL,
+    name TEXT NOT NULL,
+    json TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    PRIMARY KEY (collection, name)
+) WITHOUT ROWID
+"""
+TIMEOUT_S = 5.0
+"""How long a write waits for another one."""
+
+
+class SqliteStore:
+    """Documents by collection and name. Every call opens the file anew: it may be on another process's way at any time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file; one that is no database is put aside with a warning.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        self.path = path
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._make()
+        except sqlite3.DatabaseError as error:
+            aside = path.with_suffix(".damaged")
+            logger.warning("%s is no database (%s): it is put aside as %s.", path, error, aside)
+            path.replace(aside)
+            self._make()
+
+    def load(self, collection: str) -> Mapping[str, Any]:
+        """Return the documents of a collection by name, without damaged ones."""
+        with closing(self._connect()) as connection:
+            rows = connection.execute(
+                "SELECT name, json, sha256 FROM documents WHERE collection = ?", (collection,)
+            ).fetchall()
+        documents = {}
+        for name, text, checksum in rows:
+            if hashlib.sha256(text.encode()).hexdigest() == checksum:
+                documents[name] = json.loads(text)
+            else:
+                logger.warning("%s/%s in %s is damaged and left out.", collection, name, self.path)
+        return documents
+
+    def save(self, collection: str, name: str, document: Any) -> None:
+        """Replace a document.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        text = json.dumps(document, sort_keys=True)
+        try:
+            with closing(self._connect()) as connection, connection:
+                connection.execute(
+                    "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?)",
+                    (collection, name, text, hashlib.sha256(text.encode()).hexdigest()),
+                )
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path} cannot be written: {error}") from None
+
+    def delete(self, collection: str, name: str) -> None:
+        """Remove a document, where there is one.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        try:
+            with closing(self._connect()) as connection, connection:
+                connection.execute("DELETE FROM documents WHERE collection = ? AND name = ?", (collection, name))
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path} cannot be written: {error}") from None
+
+    def __reduce__(self) -> tuple[type["SqliteStore"], tuple[Path]]:
+        """Travel as a path: where it arrives, the file is opened or made anew."""
+        return (SqliteStore, (self.path,))
+
+    def _make(self) -> None:
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        with closing(self._connect()) as connection, connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(SCHEMA)
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=TIMEOUT_S)
