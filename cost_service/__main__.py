@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from cost_service import evaluate
+from cost_service.evaluate_lengths import evaluate_lengths
 from cost_service.fit import snapshot_of
 from cost_service.profiles import load_profiles
 from cost_service.step_time import MeasuredModel, StepTime
+from cost_service.traces import SOURCES, load_trace
 
 BLOCK_SIZE = 16
 """Tokens per KV block of a GPU replica, vLLM's default."""
+
+
+LENGTHS_WIDTHS = (9, 9, 15, 8, 10, 13, 8)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     fit = commands.add_parser("fit", help="write the cost snapshots of a profile's models")
     judge = commands.add_parser("evaluate", help="judge predictions of what was not fitted")
     for command in (fit, judge):
-        command.add_argument("--profile", type=Path, required=True, metavar="DIR", help="folder of profiles")
+        command.add_argument("--profile", type=Path, metavar="DIR", help="folder of profiles", required=command is fit)
         command.add_argument(
             "--model-config", type=Path, metavar="FILE", help="config.json of the model, if not in DIR"
         )
@@ -41,6 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     judge.add_argument(
         "--holdout", metavar="EXPR", help="rows to hold out, such as 'context > 4096' or 'rank(tokens) % 3 == 1'"
     )
+    judge.add_argument(
+        "--trace", action="append", default=[], metavar="SOURCE:PATH",
+        help=f"judge output lengths on a trace ({', '.join(SOURCES)}); may be given several times",
+    )  # fmt: skip
     judge.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted against measured (.png, .svg, .pdf)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -54,7 +63,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Judge; print a table; return the report."""
+    """Judge; print tables; return the report."""
+    if options.profile is None and not options.trace:
+        raise ValueError("There is nothing to judge: give --profile or --trace.")
+    report = run_step_times(options) if options.profile is not None else {}
+    if options.trace:
+        report["output_length"] = {source: evaluate_lengths(load_trace(source)) for source in options.trace}
+        print(lengths_table(report["output_length"]))
+    return report
+
+
+def run_step_times(options: argparse.Namespace) -> dict[str, Any]:
+    """Judge step times; print a table; return the report."""
     models = load(options.profile, options.model_config)
     if options.fit_on:
         if options.holdout is not None:
@@ -109,6 +129,21 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
             f"{name:<24}{one['rows']:>8}{one['mean_error']:>9.2%}{one['median_error']:>9.2%}{one['p90_error']:>9.2%}"
             f"{one['bias']:>+9.2%}{one['interval_coverage']:>9.1%}{asked}"
         )
+    return "\n".join(lines)
+
+
+def lengths_table(reports: dict[str, dict[str, Any]]) -> str:
+    """Render what is known of output lengths for a terminal."""
+    names = ("requests", "loss", "own quantiles", "ratio", "held out", "oracle gain", "share")
+    lines = [f"{'trace':<52}" + "".join(name.rjust(width) for name, width in zip(names, LENGTHS_WIDTHS, strict=True))]
+    for source, one in reports.items():
+        share = one["share_of_honest_gain"]
+        cells = (
+            str(one["requests"]), f"{one['loss']:.2f}", f"{one['baseline_loss']:.2f}", f"{one['loss_ratio']:.3f}",
+            f"{one['held_out_loss_ratio']:.3f}", f"{one['oracle_gain']:.1%}", "-" if share is None else f"{share:.0%}",
+        )  # fmt: skip
+        row = "".join(cell.rjust(width) for cell, width in zip(cells, LENGTHS_WIDTHS, strict=True))
+        lines.append(f"{source[-50:]:<52}{row}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,87 @@
+"""Goal: traces of every source are read alike, and what is wrong in one is named with file, line and field.
+
+Method: small files written by the tests; the public traces where they are at hand.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from cost_service.traces import TraceRequest, load_trace
+from tests.shared_data import needs_data
+
+FILES = {
+    "azure": ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+              "2023-11-16 18:15:50.5000000,30,40\n2023-11-16 18:15:46.0000000,10,20\n"),
+    "mooncake": ("m.jsonl", '{"timestamp": 500, "input_length": 10, "output_length": 20, "hash_ids": [1]}\n'
+                 '{"timestamp": 5000, "input_length": 30, "output_length": 40}\n'),
+    "servegen": ("s.csv", "arrival_s,client,input_tokens,output_tokens\n1.0,7,10,20\n5.5,8,30,40\n"),
+    "vtc": ("v.csv", "req_id,client,prompt_len,output_len,req_time_s\n0,7,10,20,0.0\n1,8,30,40,4.5\n"),
+    "csv": ("c.csv", "arrival_s,tenant,prompt_tokens,output_tokens\n4.5,8,30,40\n0,7,10,20\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+@pytest.mark.parametrize("source", FILES)
+def test_every_source_gives_the_same_requests_in_order(source: str, given: str, tmp_path: Path) -> None:
+    name, text = FILES[source]
+    (tmp_path / name).write_text(text)
+    (tmp_path / "README.md").write_text("not a trace")
+    requests = load_trace(f"{source}:{tmp_path / name if given == 'file' else tmp_path}")
+    tenants = ("", "") if source in ("azure", "mooncake") else ("7", "8")
+    assert requests == [
+        TraceRequest(arrival_s=0.0, tenant=tenants[0], prompt_tokens=10, output_tokens=20),
+        TraceRequest(arrival_s=4.5, tenant=tenants[1], prompt_tokens=30, output_tokens=40),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "message"),
+    [
+        ("csv", "arrival_s,tenant,prompt_tokens\n1,a,2\n", "Line 2 of .* has no output_tokens"),
+        ("csv", "arrival_s,prompt_tokens,output_tokens\n1,2,3\n", "Line 2 of .* has no tenant"),
+        ("csv", "arrival_s,tenant,prompt_tokens,output_tokens\n1,a,2,3\n2,a,-2,3\n", "prompt_tokens in line 3 of"),
+        ("csv", "arrival_s,tenant,prompt_tokens,output_tokens\nsoon,a,2,3\n", "arrival_s in line 2 of"),
+        ("csv", "arrival_s,tenant,prompt_tokens,output_tokens\nnan,a,2,3\n", "arrival_s in line 2 of"),
+        ("csv", "arrival_s,tenant,prompt_tokens,output_tokens\n", "has no request"),
+        ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", "TIMESTAMP in line 2 of"),
+        ("mooncake", "{\n", "Line 1 of .* must be a JSON object"),
+        ("mooncake", "[1]\n", "must be a JSON object"),
+    ],
+)
+def test_what_is_wrong_is_named(source: str, text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / ("t.jsonl" if source == "mooncake" else "t.csv")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_trace(f"{source}:{path}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nosuch:x", "must be SOURCE:PATH with a source of azure"),
+        ("csv", "must be SOURCE:PATH"),
+        ("csv:", "must be SOURCE:PATH"),
+        ("csv:/nowhere/at/all", "is neither file nor folder"),
+        ("csv:.", "has 0 traces of that kind"),
+    ],
+)
+def test_a_source_that_is_none_is_refused(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_trace(source)
+
+
+@needs_data
+def test_every_public_trace_is_read(data: Path) -> None:
+    num = {
+        "azure:azure_llm_2023": 19366, "mooncake:mooncake": 12031, "vtc:vtc_arena/real_trace.csv": 1500,
+        "servegen:servegen/sampled_deepseek-r1_1h_4rps.csv": 16610,
+    }  # fmt: skip
+    for source, count in num.items():
+        name, _, path = source.partition(":")
+        requests = load_trace(f"{name}:{data / path}")
+        assert len(requests) == count
+        assert requests[0].arrival_s == 0.0
