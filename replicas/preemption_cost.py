@@ -191,15 +191,10 @@ class CandidateTable:
         beyond_s = pressure.out_queue_s + costs.link_latency_s - pressure.resume_wait_s
         swap_s = 2 * costs.swap_fixed_s + pressure.swap_excess_s
         swap_s += (pressure.in_queue_s + costs.link_latency_s) / running
-        features, weights = self._learned(costs)
-        weights[:6] = (  # recompute, swap without the wait for the copy out, copy out beyond the resume wait
-            (costs.recompute_fixed_s, swap_s, beyond_s),
-            (costs.token_s, 0.0, 0.0),
-            (costs.attention_s, 0.0, 0.0),
-            (0.0, costs.out_block_s, link),
-            (0.0, costs.in_block_s + link / running + costs.link_latency_s / pool, 0.0),
-            (0.0, link / pool, 0.0),
-        )
+        features, weights = self._weighted(costs)
+        weights[0, 1], weights[0, 2] = swap_s, beyond_s
+        weights[4, 1] = costs.in_block_s + link / running + costs.link_latency_s / pool
+        weights[5, 1] = link / pool
         terms: NDArray[np.float64] = features @ weights
         table = terms[:, :2]
         table[:, 1] += np.maximum(0.0, terms[:, 2]) / running
@@ -213,12 +208,18 @@ class CandidateTable:
             table[self.num_copied > pressure.num_free_host_slots, 1] = np.inf
         return table
 
-    def _learned(self, costs: CostSnapshot) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Features and weights with what was learned by size behind the linear terms; built once for each snapshot."""
+    def _weighted(self, costs: CostSnapshot) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Features, and their weights as far as they follow from the costs alone; built once for each snapshot.
+
+        Columns of weights: recompute, swap without the wait for the copy out, copy out beyond the resume wait. What was
+        learned by size stands behind the linear terms.
+        """
         if self._of is not costs:
             self._of, self._extended = costs, self._features
             knots = (costs.recompute_knots_s, costs.out_knots_s, costs.in_knots_s)
             self._weights = np.zeros((6 + sum(map(len, knots)), 3))
+            self._weights[:3, 0] = costs.recompute_fixed_s, costs.token_s, costs.attention_s
+            self._weights[3] = 0.0, costs.out_block_s, costs.link_block_s
             if len(self._weights) > 6:
                 sizes = (self._features[:, column] for column in (1, 3, 4))  # computed, copied, loaded
                 shares = [hats(size, len(knot)) for size, knot in zip(sizes, knots, strict=True)]
