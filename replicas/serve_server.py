@@ -107,6 +107,11 @@ class _Metrics:
             description="Engine seconds that preemptions were predicted to cost, and did.",
             tag_keys=("action", "kind"),
         )
+        self._error = Gauge(
+            "adaptivellm_cost_model_error_ratio",
+            description="How far predicted and measured seconds of preemptions are apart, relative to the measured ones.",
+            tag_keys=("action",),
+        )
         self._degraded = Gauge(
             "adaptivellm_degraded",
             description="1 while a part is not itself: preemption does as vLLM does, cost_service does not answer.",
@@ -135,6 +140,10 @@ class _Metrics:
         for kind in ("predicted", "measured"):
             for action in ("swap", "recompute"):
                 increment(self._seconds, f"{kind}_{action}_s", {"action": action, "kind": kind})
+        for action in ("swap", "recompute"):
+            predicted_s, measured_s = getattr(now, f"predicted_{action}_s"), getattr(now, f"measured_{action}_s")
+            if measured_s > 0:
+                self._error.set(abs(predicted_s - measured_s) / measured_s, tags={"action": action})
         self._degraded.set(float(now.guarded), tags={"part": "preemption"})
         self._headroom.set(now.headroom_blocks)
         used, retained = now.num_used_host_slots, now.num_retained_host_slots
