@@ -10,6 +10,7 @@ COMMANDS = {
     "costs": ("cluster.costs", "show what the cost service has learned, and what it predicts"),
     "policy": ("cluster.policy", "let running replicas follow another preemption policy"),
     "replay": ("cluster.replay", "let the policies decide again what a decision log holds"),
+    "calibrate": ("cluster.calibrate", "measure what preemptions of a model cost on this machine"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
     "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),

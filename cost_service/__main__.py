@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_service import evaluate
+from cost_service.calibration import is_calibration, learned_snapshot, preemption_figures, read_preemptions
 from cost_service.evaluate_lengths import evaluate_lengths
 from cost_service.fit import snapshot_of
 from cost_service.profiles import load_profiles
@@ -66,7 +67,12 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Judge; print tables; return the report."""
     if options.profile is None and not options.trace:
         raise ValueError("There is nothing to judge: give --profile or --trace.")
-    report = run_step_times(options) if options.profile is not None else {}
+    report: dict[str, Any] = {}
+    if options.profile is not None and is_calibration(options.profile):
+        report["figures"] = preemption_figures(read_preemptions(options.profile))
+        print(preemptions_table(report["figures"]))
+    elif options.profile is not None:
+        report = run_step_times(options)
     if options.trace:
         report["output_length"] = {source: evaluate_lengths(load_trace(source)) for source in options.trace}
         print(lengths_table(report["output_length"]))
@@ -96,6 +102,10 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
     """Fit each GPU's profiles together; return a snapshot for each."""
     if options.block_size < 1:
         raise ValueError("--block-size must be above 0.")
+    if is_calibration(options.profile):
+        learned = learned_snapshot(options.profile)
+        print(f"{learned.model} on {learned.hardware}: version {learned.version}", file=sys.stderr)
+        return {"snapshots": {learned.model: json.loads(learned.to_json())}}
     by_gpu: dict[str, list[MeasuredModel]] = defaultdict(list)
     for model in load(options.profile, options.model_config):
         by_gpu[model.profile.hardware].append(model)
@@ -129,6 +139,15 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
             f"{name:<24}{one['rows']:>8}{one['mean_error']:>9.2%}{one['median_error']:>9.2%}{one['p90_error']:>9.2%}"
             f"{one['bias']:>+9.2%}{one['interval_coverage']:>9.1%}{asked}"
         )
+    return "\n".join(lines)
+
+
+def preemptions_table(figures: dict[str, dict[str, Any]]) -> str:
+    """Render how well preemptions were predicted for a terminal."""
+    lines = [f"{'what':<32}{'preemptions':>12}{'median error':>14}{'asked':>9}"]
+    for name, one in figures.items():
+        asked = f"{one['asked']:>9.0%}{'' if one['reached'] else '  missed'}" if "asked" in one else ""
+        lines.append(f"{name:<32}{one['preemptions']:>12}{one['median_error']:>14.1%}{asked}")
     return "\n".join(lines)
 
 

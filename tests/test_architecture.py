@@ -41,6 +41,7 @@ SHELLS = {
     "cluster/running.py": "asks the replicas through Ray",
     "cluster/models.py": "converts the default model with torch and transformers",
     "cluster/bench_decision.py": "reads vLLM's requests and blocks to measure it",
+    "cluster/calibrate.py": "runs a vLLM engine to measure it",
     "cluster/bench_engine.py": "runs vLLM engines to measure them",
 }
 """Shells beyond the patterns, each with its reason."""

@@ -1,0 +1,139 @@
+"""`python -m cluster calibrate`: measure what preemptions of a model cost here, with a real engine and real copies.
+
+An engine with too little memory serves made-up requests in rounds; victims are swapped and recomputed by chance. Each round
+is predicted by what the rounds before have taught, every other one without what was learned by size. The folder that
+comes of it is read by `python -m cost_service fit` and `evaluate`.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster import models
+from cluster.bench_engine import ENVIRONMENT, EngineSettings
+from cluster.bootstrap import has_nvidia_gpu
+from cluster.config import DEFAULT_MODEL, default_home
+from cluster.workload import RequestSpec, synthetic
+from cost_service.calibration import MeasuredPreemption, write_calibration
+from cost_service.learner import CostLearner
+from cost_service.samples import Sample
+
+BLOCK_SIZE = 32
+MAX_NUM_SEQS = 16
+POOL_FRACTION = 0.4
+"""KV blocks, of those that as many of the largest requests as run at once would use."""
+
+WORKLOAD = "synthetic:rate=inf,prompt_mean=150,prompt_max=400,output_mean=100,output_max=200,spread=0.6"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write, which must not exist"
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder of the model (default: that of `make serve`)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of requests (default: 7)")
+    parser.add_argument("--requests", type=int, default=48, help="requests of a round (default: 48)")
+    parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of the engine (default: 1)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Calibrate; 0, or 2 with one sentence when an option is wrong."""
+    try:
+        calibrate(options)
+    except (ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(f"Written to {options.output}. Next: python -m cost_service fit --profile {options.output} --json FILE")
+    return 0
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Run all rounds and write the folder.
+
+    Raises:
+        ValueError: An option is wrong.
+    """
+    for name in ("rounds", "requests", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be above 0.")
+    if options.output.exists():
+        raise ValueError(f"--output {options.output} exists: name a folder that does not.")
+    folder = models.require(options.model, default_home())
+    if folder is None:
+        raise ValueError("--model must be a folder: download the model first.")
+    vocabulary = int(str(models.read_config(folder)["vocab_size"]))
+    rounds = [
+        synthetic(WORKLOAD, requests=options.requests, seed=number, vocab=vocabulary)
+        for number in range(options.rounds)
+    ]
+    os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": str(options.threads)})  # before vLLM is imported
+    start, samples, preemptions = measure(settings_of(folder, rounds, options.threads), rounds)
+    options.output.mkdir(parents=True)
+    shutil.copy(folder / "config.json", options.output / "config.json")
+    write_calibration(options.output, start, samples, preemptions)
+
+
+def settings_of(folder: Path, rounds: list[tuple[RequestSpec, ...]], threads: int) -> EngineSettings:
+    """An engine whose memory is short for these requests."""
+    largest = sorted((-(-one.num_tokens // BLOCK_SIZE) for requests in rounds for one in requests), reverse=True)
+    return EngineSettings(
+        model=str(folder), policy="random",
+        num_kv_blocks=max(int(POOL_FRACTION * sum(largest[:MAX_NUM_SEQS])), largest[0] + 1) + 1,
+        host_pool_bytes=1 << 30, max_num_seqs=MAX_NUM_SEQS,
+        max_model_len=max(one.num_tokens for requests in rounds for one in requests) + 1, block_size=BLOCK_SIZE,
+        dtype="auto", load_format="auto", threads=threads, accelerator="gpu" if has_nvidia_gpu() else "cpu",
+        swap={"guard": False},
+    )  # fmt: skip
+
+
+def measure(
+    settings: EngineSettings, rounds: list[tuple[RequestSpec, ...]]
+) -> tuple[Any, list[Sample], list[MeasuredPreemption]]:
+    """Serve the rounds; return the costs to begin with, samples, and each preemption as predicted and measured."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    arguments = settings.engine_arguments() | {"served_model_name": Path(settings.model).name}
+    llm = LLM(**arguments)
+    core = llm.llm_engine.engine_core.engine_core
+    preemptor, measured = core.scheduler.preemptor, []
+    take = preemptor.meter.take
+
+    def watched_take() -> Any:
+        done = take()
+        measured.extend(done)
+        return done
+
+    preemptor.meter.take = watched_take
+    learner, samples, preemptions = None, [], []
+    for number, requests in enumerate(rounds):
+        residual = number % 2 == 1
+        if learner is not None:
+            learned = learner.refit()
+            without = replace(learned, recompute_knots_s=(), out_knots_s=(), in_knots_s=())
+            preemptor.costs = learned if residual else without
+        print(f"Round {number + 1} of {len(rounds)}", file=sys.stderr)
+        llm.generate(
+            [TokensPrompt(prompt_token_ids=list(one.prompt_token_ids)) for one in requests],
+            [SamplingParams(max_tokens=one.output_tokens, ignore_eos=True, detokenize=False) for one in requests],
+        )
+        if learner is None:
+            start = preemptor.costs  # with the copies that the worker has measured at its start
+            learner = CostLearner(start)
+        told = preemptor.meter.take_samples()
+        learner.observe(told)
+        samples += told
+        preemptions += [
+            MeasuredPreemption(
+                round=number, action=one.action.value, residual=residual, predicted_s=one.predicted_s,
+                measured_s=one.measured_s,
+            )
+            for one in measured
+        ]  # fmt: skip
+        measured.clear()
+        core.scheduler.reset_prefix_cache()
+    core.shutdown()
+    return start, samples, preemptions
