@@ -164,6 +164,7 @@ def test_the_command_measures_every_policy_to_the_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_the_sweep_over_links_measures_a_simulated_link_and_says_so(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     command, mark = start(

@@ -25,7 +25,7 @@ from cluster import keys
 from cluster.config import default_home
 from tests.cluster_runs import HELLO, MODEL, environment, free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TOKEN = secrets.token_hex(16)
 """What Ray's processes, and clients of its dashboard, show one another (`RAY_AUTH_MODE=token`)."""
