@@ -80,18 +80,6 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise OSError(f"{self.path} cannot be written: {error}") from None
 
-    def delete(self, collection: str, name: str) -> None:
-        """Remove a document, where there is one.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
-        try:
-            with closing(self._connect()) as connection, connection:
-                connection.execute("DELETE FROM documents WHERE collection = ? AND name = ?", (collection, name))
-        except sqlite3.Error as error:
-            raise OSError(f"{self.path} cannot be written: {error}") from None
-
     def __reduce__(self) -> tuple[type["SqliteStore"], tuple[Path]]:
         """Travel as a path: where it arrives, the file is opened or made anew."""
         return (SqliteStore, (self.path,))

@@ -16,8 +16,8 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
+from cost_service.rates import fit_rates, p_norm
 from cost_service.residual import Estimate, Residual
 
 Array = NDArray[np.float64]
@@ -120,11 +120,8 @@ class KernelCosts:
 
     def seconds(self, blocks: Array, walked: Array, longest: Array, num_bytes: Array) -> Array:
         """Return what the base says for rows of thread blocks, tokens walked in all, longest walk and bytes read."""
-        parts = np.stack((self.token_s * longest, self.token_s * walked / self.slots, num_bytes / self.bytes_per_s))
-        largest = np.maximum(parts.max(axis=0), 1e-12)
-        norm = largest * ((parts / largest) ** self.norm).sum(axis=0) ** (1.0 / self.norm)
-        total: Array = self.launch_s + self.block_s * blocks + norm
-        return total
+        walks = (self.token_s * longest, self.token_s * walked / self.slots)
+        return self.launch_s + self.block_s * blocks + p_norm(self.norm, *walks, num_bytes / self.bytes_per_s)
 
 
 STARTS = (
@@ -135,22 +132,8 @@ STARTS = (
 """Where a fit begins, and the least and the most of each coefficient: from a slow core to the fastest GPU."""
 
 
-def _logs(costs: KernelCosts) -> Array:
-    return np.log([getattr(costs, field.name) for field in fields(costs)])
-
-
-def _fit_kernel(columns: tuple[Array, Array, Array, Array], measured_s: Array) -> KernelCosts:
-    """Least squares of logarithms, outliers damped."""
-
-    def costs(logs: Array) -> KernelCosts:
-        return KernelCosts(**{field.name: float(v) for field, v in zip(fields(KernelCosts), np.exp(logs), strict=True)})
-
-    start, least, most = map(_logs, STARTS)
-    fit = least_squares(
-        lambda logs: np.log(costs(logs).seconds(*columns) / measured_s), start, bounds=(least, most),
-        loss="soft_l1", f_scale=0.1,
-    )  # fmt: skip
-    return costs(fit.x)
+def _fit_kernel(columns: Sequence[Array], measured_s: Array) -> KernelCosts:
+    return fit_rates(STARTS, lambda costs: costs.seconds(*columns), measured_s)
 
 
 class AttentionTime:

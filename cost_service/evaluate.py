@@ -24,7 +24,7 @@ from cost_service.operator_time import OperatorTime
 from cost_service.operators import Operator, dense_operators
 from cost_service.profiles import AttentionRows
 from cost_service.residual import Estimate
-from cost_service.step_time import MeasuredModel, StepTime, attention_grid, attention_shape
+from cost_service.step_time import MeasuredModel, StepTime, attention_grid
 
 Array = NDArray[np.float64]
 
@@ -137,9 +137,7 @@ def _uneven(models: Sequence[MeasuredModel]) -> Judged | None:
     parts = []
     for model in models:
         if (rows := model.profile.uneven) is not None:
-            (attention, _), *_ = model.shape.layers
-            shape = attention_shape(attention, model.profile.parallelism)
-            parts.append((learned.predict(shape, attention_grid(rows)), rows.seconds))
+            parts.append((learned.predict(model.attention_shape, attention_grid(rows)), rows.seconds))
     return _joined(parts)
 
 
@@ -193,22 +191,16 @@ def _steps(model: StepTime, judged: MeasuredModel) -> tuple[Estimate, Array] | N
         if one.name in profile.operators
     )
     measured_s = measured_s + shape.num_layers * rows.seconds
-    (attention, _), *_ = shape.layers
-    of_layer = model.attention.predict(attention_shape(attention, profile.parallelism), attention_grid(rows))
-    of_rest = _dense_at(model, judged, tokens, sequences)
-    estimate = Estimate(
-        seconds=of_rest.seconds + shape.num_layers * of_layer.seconds,
-        low_s=of_rest.low_s + shape.num_layers * of_layer.low_s,
-        high_s=of_rest.high_s + shape.num_layers * of_layer.high_s,
-    )
-    return estimate, measured_s
+    of_layer = model.attention.predict(judged.attention_shape, attention_grid(rows))
+    of_layers = of_layer.map(lambda seconds: shape.num_layers * seconds)
+    return Estimate.total([_dense_at(model, judged, tokens, sequences), of_layers]), measured_s
 
 
 def _dense_at(model: StepTime, judged: MeasuredModel, tokens: Array, sequences: Array) -> Estimate:
     """Everything but attention and collectives, predicted once for every pair that occurs."""
     pairs, inverse = np.unique(np.column_stack((tokens, sequences)), axis=0, return_inverse=True)
     one = model.dense(judged.shape, pairs[:, 0], pairs[:, 1], parallelism=judged.profile.parallelism, collectives=False)
-    return Estimate(seconds=one.seconds[inverse], low_s=one.low_s[inverse], high_s=one.high_s[inverse])
+    return one.map(lambda seconds: seconds[inverse])
 
 
 def _interpolated(

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cost_service.model_shape import Attention, ModelShape
+from cost_service.model_shape import ModelShape
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Bytes per element by the name of vLLM's `kv_cache_dtype` or the model's dtype."""
@@ -78,14 +78,6 @@ class KvLayout:
         return freed
 
 
-def layer_token_bytes(attention: Attention, *, parallelism: int, element_bytes: int) -> int:
-    """Bytes that one token takes in one layer on one rank."""
-    if attention.latent is not None:
-        _, kv_rank, rotary = attention.latent
-        return (kv_rank + rotary) * element_bytes
-    return max(1, attention.num_kv_heads // parallelism) * (attention.head_size + attention.value_size) * element_bytes
-
-
 def kv_layout(
     shape: ModelShape, *, block_size: int, parallelism: int = 1, element_bytes: int = 2, hybrid: bool = True
 ) -> KvLayout:
@@ -99,7 +91,7 @@ def kv_layout(
     """
     sizes, windows = set(), Counter[int | None]()
     for (attention, _), count in shape.layers.items():
-        sizes.add(layer_token_bytes(attention, parallelism=parallelism, element_bytes=element_bytes))
+        sizes.add(element_bytes * attention.kv_elements(parallelism))
         windows[attention.window] += count
     if len(sizes) != 1:
         raise ValueError(
@@ -122,6 +114,5 @@ def kv_layout(
 def kv_token_bytes(shape: ModelShape, *, parallelism: int = 1, element_bytes: int = 2) -> int:
     """Bytes of one token in all layers on one rank, windows not full."""
     return sum(
-        count * layer_token_bytes(attention, parallelism=parallelism, element_bytes=element_bytes)
-        for (attention, _), count in shape.layers.items()
+        count * element_bytes * attention.kv_elements(parallelism) for (attention, _), count in shape.layers.items()
     )

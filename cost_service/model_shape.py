@@ -55,6 +55,12 @@ class Attention:
     normed: bool = False
     """Whether queries and keys are normalised."""
 
+    def kv_elements(self, parallelism: int) -> int:
+        """Numbers that one token stores in this layer on one rank; with more ranks than KV heads each holds one head."""
+        if self.latent is not None:
+            return self.latent[1] + self.latent[2]
+        return max(1, self.num_kv_heads // parallelism) * (self.head_size + self.value_size)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:

@@ -6,14 +6,14 @@ was never measured has one too; other kinds have each their own, and fall back t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 from sklearn.neighbors import KNeighborsRegressor
 
 from cost_service.operators import COLLECTIVE, MATMUL, Operator
+from cost_service.rates import fit_rates, p_norm
 from cost_service.residual import Estimate, Regressor, Residual
 
 Array = NDArray[np.float64]
@@ -33,10 +33,7 @@ class Roofline:
 
     def seconds(self, flops: Array, bytes_moved: Array) -> Array:
         """Return seconds for rows of FLOPs and bytes."""
-        parts = np.stack((flops / self.flops_per_s, bytes_moved / self.bytes_per_s))
-        largest = np.maximum(parts.max(axis=0), 1e-12)
-        total: Array = self.launch_s + largest * ((parts / largest) ** self.norm).sum(axis=0) ** (1.0 / self.norm)
-        return total
+        return self.launch_s + p_norm(self.norm, flops / self.flops_per_s, bytes_moved / self.bytes_per_s)
 
 
 STARTS = (
@@ -45,7 +42,6 @@ STARTS = (
     Roofline(launch_s=2e-2, flops_per_s=1e17, bytes_per_s=1e14, norm=8.0),
 )
 """Where a fit begins, and the least and the most of each rate: from a slow core to the fastest GPU."""
-
 
 UNMEASURED = {COLLECTIVE: Roofline(launch_s=1.5e-5, flops_per_s=1e17, bytes_per_s=2e11, norm=3.0)}
 """Assumed of families that no profile of one rank can hold: links between ranks at about half of NVLink's datasheet rate."""
@@ -65,18 +61,8 @@ def neighbours() -> Regressor:
 
 
 def fit_roofline(flops: Array, bytes_moved: Array, measured_s: Array) -> Roofline:
-    """Least squares of logarithms, outliers damped."""
-    names = [field.name for field in fields(Roofline)]
-
-    def roofline(logs: Array) -> Roofline:
-        return Roofline(**dict(zip(names, map(float, np.exp(logs)), strict=True)))
-
-    start, least, most = (np.log([getattr(rates, name) for name in names]) for rates in STARTS)
-    fit = least_squares(
-        lambda logs: np.log(roofline(logs).seconds(flops, bytes_moved) / measured_s), start, bounds=(least, most),
-        loss="soft_l1", f_scale=0.1,
-    )  # fmt: skip
-    return roofline(fit.x)
+    """Find the rates of a kind of operator from measured calls."""
+    return fit_rates(STARTS, lambda roofline: roofline.seconds(flops, bytes_moved), measured_s)
 
 
 class OperatorTime:

@@ -129,9 +129,10 @@ def attention_work(
     """FLOPs and bytes of one layer's attention over a batch."""
     heads = attention.num_heads / parallelism
     flops = moved = 0.0
+    kv_token_bytes = precision.kv * attention.kv_elements(parallelism)
     for new, cached in batch.prefills:
         flops += 2 * heads * (attention.head_size + attention.value_size) * _pairs(new, cached, attention.window)
-        moved += _kv_token_bytes(attention, parallelism, precision) * _kv_tokens(new, cached, attention.window)
+        moved += kv_token_bytes * _kv_tokens(new, cached, attention.window)
     if attention.latent is None:
         decode_width = attention.head_size + attention.value_size
     else:  # absorbed: scores against latent and rotary part, sums of latents
@@ -140,7 +141,7 @@ def attention_work(
     for context in batch.decodes:
         seen = min(context, attention.window or context)
         flops += 2 * heads * decode_width * seen
-        moved += _kv_token_bytes(attention, parallelism, precision) * seen
+        moved += kv_token_bytes * seen
     query_bytes = heads * (attention.head_size + attention.value_size) * precision.activations
     return AttentionWork(flops=flops, bytes_moved=moved + batch.num_tokens * query_bytes)
 
@@ -247,9 +248,3 @@ def _pairs(new: int, cached: int, window: int | None) -> float:
 def _kv_tokens(new: int, cached: int, window: int | None) -> int:
     """Tokens whose KV some query of the prefill sees."""
     return new + (cached if window is None else min(cached, window - 1))
-
-
-def _kv_token_bytes(attention: Attention, parallelism: int, precision: Precision) -> float:
-    if attention.latent is not None:
-        return precision.kv * (attention.latent[1] + attention.latent[2])
-    return precision.kv * max(1.0, attention.num_kv_heads / parallelism) * (attention.head_size + attention.value_size)

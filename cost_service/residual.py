@@ -7,7 +7,7 @@ Rules:
   every unit by which a feature lies beyond the fitted range (features are logarithms to base 2: a doubling).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -35,6 +35,16 @@ class Estimate:
     seconds: Array
     low_s: Array
     high_s: Array
+
+    def map(self, change: Callable[[Array], Array]) -> "Estimate":
+        """Change the seconds and both ends alike."""
+        return Estimate(seconds=change(self.seconds), low_s=change(self.low_s), high_s=change(self.high_s))
+
+    @staticmethod
+    def total(parts: "Sequence[Estimate]") -> "Estimate":
+        """Add estimates; their errors may all point the same way, so do the ends of the interval."""
+        seconds, low_s, high_s = np.sum([(one.seconds, one.low_s, one.high_s) for one in parts], axis=0)
+        return Estimate(seconds=seconds, low_s=low_s, high_s=high_s)
 
 
 class Regressor(Protocol):

@@ -7,6 +7,7 @@ operators and layers. The host's own work is not in it: on a GPU it runs ahead, 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +63,13 @@ class MeasuredModel:
         rows = self.profile.attention
         if rows is None:
             return None
+        return self.attention_shape, attention_grid(rows), rows.seconds
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """Attention of the model's first kind of layer, which is what profilers measure."""
         (attention, _), *_ = self.shape.layers
-        return attention_shape(attention, self.profile.parallelism), attention_grid(rows), rows.seconds
+        return attention_shape(attention, self.profile.parallelism)
 
 
 def attention_shape(attention: Attention, parallelism: int, precision: Precision = HALF) -> AttentionShape:
@@ -106,8 +112,9 @@ class StepTime:
         parts = [self.dense(shape, tokens, sequences, parallelism=parallelism)]
         for (attention, _), count in shape.layers.items():
             work = AttentionWork.of_batch(*_seen(batch, attention.window))
-            parts.append(_times(count, self.attention.predict(attention_shape(attention, parallelism), work)))
-        return _sum(parts)
+            one = self.attention.predict(attention_shape(attention, parallelism), work)
+            parts.append(one.map(partial(np.multiply, count)))
+        return Estimate.total(parts)
 
     def dense(
         self, shape: ModelShape, tokens: Array, sequences: Array, *, parallelism: int = 1, collectives: bool = True
@@ -117,9 +124,11 @@ class StepTime:
         Args:
             collectives: Whether what ranks send each other counts; profilers of one rank do not see it.
         """
-        return _sum(
+        return Estimate.total(
             [
-                _times(one.calls, self.operators.predict(one, sequences if one.per_sequence else tokens))
+                self.operators.predict(one, sequences if one.per_sequence else tokens).map(
+                    partial(np.multiply, one.calls)
+                )
                 for one in dense_operators(shape, parallelism=parallelism)
                 if collectives or one.family != COLLECTIVE
             ]
@@ -132,15 +141,3 @@ def _seen(batch: Batch, window: int | None) -> tuple[Sequence[tuple[int, int]], 
         return batch.prefills, batch.decodes
     prefills = [(new, min(cached, window - 1)) for new, cached in batch.prefills]
     return prefills, [min(context, window) for context in batch.decodes]
-
-
-def _times(count: float, one: Estimate) -> Estimate:
-    return Estimate(seconds=count * one.seconds, low_s=count * one.low_s, high_s=count * one.high_s)
-
-
-def _sum(parts: Sequence[Estimate]) -> Estimate:
-    """Add estimates; their errors may all point the same way, so do the ends of the interval."""
-    seconds, low_s, high_s = (
-        np.sum([getattr(part, name) for part in parts], axis=0) for name in ("seconds", "low_s", "high_s")
-    )
-    return Estimate(seconds=seconds, low_s=low_s, high_s=high_s)

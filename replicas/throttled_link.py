@@ -52,7 +52,3 @@ class ThrottledLink:
     def queue_s(self, direction: Direction, now_s: float) -> float:
         """Seconds until the direction is free."""
         return max(0.0, self._free_s[direction] - now_s)
-
-    def predict_s(self, direction: Direction, num_bytes: int, now_s: float) -> float:
-        """Seconds that `submit` would take from now on, without doing it."""
-        return self.queue_s(direction, now_s) + num_bytes / self.settings.bytes_per_s + self.settings.latency_s
