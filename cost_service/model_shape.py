@@ -24,10 +24,15 @@ KNOWN = PLAIN_MLP | NORMED_HEADS | {
     "olmo", "smollm3", "granite", "stablelm", "internlm2", "yi", "cohere", "exaone", "ministral",
 }  # fmt: skip
 
+FOUR_NORMS = {"gemma2", "gemma3", "gemma3_text"}
+"""Model types that normalise behind attention and MLP too, not only before them."""
+
 ALIASES = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "num_key_value_heads": ("n_head_kv", "num_kv_heads", "num_key_value_heads"),
+    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token"),
     "vocab_size": ("vocab_size",),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
 }
@@ -75,6 +80,9 @@ class Mlp:
     shared_size: int = 0
     """Inner size of the experts that every token passes."""
 
+    gates_shared: bool = False
+    """Whether a gate of one output weighs the shared experts, as in Qwen2-MoE."""
+
     @property
     def num_matrices(self) -> int:
         """Matrices of hidden_size x inner_size."""
@@ -95,6 +103,9 @@ class ModelShape:
     layers: Mapping[tuple[Attention, Mlp], int] = field(hash=False)
     """How many layers there are of each kind."""
 
+    norms_per_layer: int = 2
+    """Over the hidden size; those of heads and latents not counted."""
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, source: str = "The model's config.json") -> Self:
         """Read a config; of a multi-modal one its `text_config`.
@@ -114,7 +125,10 @@ class ModelShape:
             )  # fmt: skip
         num_layers = fields.size("num_hidden_layers")
         kinds = Counter((fields.attention(layer), fields.mlp(layer)) for layer in range(num_layers))
-        return cls(hidden_size=fields.size("hidden_size"), vocab_size=fields.size("vocab_size"), layers=dict(kinds))
+        return cls(
+            hidden_size=fields.size("hidden_size"), vocab_size=fields.size("vocab_size"), layers=dict(kinds),
+            norms_per_layer=4 if fields.kind in FOUR_NORMS else 2,
+        )  # fmt: skip
 
     @property
     def num_layers(self) -> int:
@@ -195,17 +209,22 @@ class _Fields:
                 value_size=self.size("v_head_dim"),
                 latent=latent,
             )
-        kv_heads = 1 if self._config.get("multi_query") else self.size("num_key_value_heads", heads)
+        kv_heads = 1 if self._shares_one_kv_head() else self.size("num_key_value_heads", heads)
         head_size = self.size("head_dim", self.size("hidden_size") // heads)
         return Attention(
             num_heads=heads, num_kv_heads=kv_heads, head_size=head_size, value_size=head_size, window=self.window(layer),
             normed=self.kind in NORMED_HEADS,
         )  # fmt: skip
 
+    def _shares_one_kv_head(self) -> bool:
+        """Falcon's later architecture has groups of heads although its configs say `multi_query`."""
+        return bool(self._config.get("multi_query")) and not self._config.get("new_decoder_architecture")
+
     def window(self, layer: int) -> int | None:
         """The layer's window; `layer_types` says which have one, else the habit of the model's family does."""
         window = self.count("sliding_window") or None
-        if window is None or self._config.get("use_sliding_window") is False:
+        # Qwen's configs name a window that is used only on demand; other families know no such switch.
+        if window is None or not self._config.get("use_sliding_window", not self.kind.startswith("qwen")):
             return None
         types = self._config.get("layer_types")
         if isinstance(types, list) and len(types) == self.size("num_hidden_layers"):
@@ -216,20 +235,27 @@ class _Fields:
             return window if (layer + 1) % pattern else None
         if self.kind in ("gemma3", "gemma3_text"):
             return window if (layer + 1) % 6 else None
-        if self.kind == "qwen2":
+        if self.kind in ("qwen2", "qwen3"):
             return window if layer >= self.count("max_window_layers") else None
         return window
 
     def mlp(self, layer: int) -> Mlp:
         gated = self.kind not in PLAIN_MLP
         experts = self.count("num_experts", "num_local_experts", "n_routed_experts")
-        inner = self.size("intermediate_size", 4 * self.size("hidden_size"))
-        dense = self._config.get("mlp_only_layers") or []
-        if not experts or layer < self.count("first_k_dense_replace") or layer in dense:
+        # Plain MLPs are four times as wide where nothing else is said; gated ones have no such custom.
+        inner = self.size("intermediate_size", None if gated else 4 * self.size("hidden_size"))
+        if not experts or self._is_dense(layer):
             return Mlp(inner_size=inner, gated=gated)
         expert_size = self.count("moe_intermediate_size") or inner
         shared = self.count("shared_expert_intermediate_size") or self.count("n_shared_experts") * expert_size
         return Mlp(
             inner_size=expert_size, gated=gated, num_experts=experts, shared_size=shared,
-            num_experts_per_token=self.size("num_experts_per_tok", self.count("experts_per_token") or 1),
+            num_experts_per_token=self.size("num_experts_per_tok"),
+            gates_shared=self.count("shared_expert_intermediate_size") > 0,
         )  # fmt: skip
+
+    def _is_dense(self, layer: int) -> bool:
+        """Whether a layer of a mixture of experts has none."""
+        listed = layer in (self._config.get("mlp_only_layers") or [])
+        skipped = (layer + 1) % (self.count("decoder_sparse_step") or 1) != 0
+        return listed or skipped or layer < self.count("first_k_dense_replace")

@@ -5,8 +5,10 @@ Rules:
 - Bytes are those that must be moved once: inputs, outputs and the weights that are touched. Of E experts, n tokens that
   choose k each by chance touch E * (1 - (1 - k / E)^n) in the mean.
 - Causal attention of n new tokens behind r cached ones reads n * r + n * (n + 1) / 2 pairs; a window of w leaves each token
-  at most w of them. Latent attention is counted as it is executed: absorbed (scores against the latent, all heads) for
-  decodes, expanded to heads for prefills.
+  at most w of them.
+- Latent attention is counted as vLLM executes it. Decodes are absorbed: scores against the latent for all heads, and the
+  products that lead to the latent and back take the FLOPs of `kv_b_proj`, as which they are counted. Prefills are expanded
+  to heads; what is cached before a prefill is expanded anew, which is counted as attention: pieces take more than a whole.
 - Logits are computed for one token of each request, as vLLM does.
 - Names are those of vLLM's profiles; operators whose weights are split over ranks are counted as one rank's share, norms,
   embedding and what is fused into them are whole on every rank.
@@ -105,7 +107,7 @@ def dense_operators(shape: ModelShape, *, parallelism: int = 1, precision: Preci
     for (attention, mlp), count in shape.layers.items():
         operators += _attention_operators(attention, count, hidden, parallelism, precision)
         operators += _mlp_operators(mlp, count, hidden, parallelism, precision)
-        operators.append(_norm("layernorm", 2 * count, hidden, act))
+        operators.append(_norm("layernorm", shape.norms_per_layer * count, hidden, act))
         if parallelism > 1:  # a ring all-reduce sends and receives each row twice, but for one rank's share of it
             sent = 4 * act * hidden * (parallelism - 1) / parallelism
             operators.append(
@@ -133,6 +135,8 @@ def attention_work(
     for new, cached in batch.prefills:
         flops += 2 * heads * (attention.head_size + attention.value_size) * _pairs(new, cached, attention.window)
         moved += kv_token_bytes * _kv_tokens(new, cached, attention.window)
+        if attention.latent is not None:
+            flops += 2 * cached * attention.latent[1] * _expanded_width(attention, heads)
     if attention.latent is None:
         decode_width = attention.head_size + attention.value_size
     else:  # absorbed: scores against latent and rotary part, sums of latents
@@ -177,8 +181,7 @@ def _attention_operators(
         operators.append(_matmul("qkv_a_proj", count, hidden, (query_rank or queries) + kv_rank + rotary, precision))
         if query_rank:
             operators.append(_matmul("q_b_proj", count, query_rank, queries, precision))
-        up = heads * (attention.head_size - rotary + attention.value_size)
-        operators.append(_matmul("kv_b_proj", count, kv_rank, up, precision))
+        operators.append(_matmul("kv_b_proj", count, kv_rank, _expanded_width(attention, heads), precision))
         rotated = (heads + 1) * rotary
     if attention.normed:
         operators.append(_elementwise("qk_norm", count, rotated, rotated, 4.0, act))
@@ -193,7 +196,7 @@ def _mlp_operators(mlp: Mlp, count: int, hidden: int, parallelism: int, precisio
     operators = []
     if mlp.num_experts:
         experts, chosen, inner = mlp.num_experts, mlp.num_experts_per_token, mlp.inner_size / parallelism
-        operators.append(_matmul("router", count, hidden, experts, precision))
+        operators.append(_matmul("router", count, hidden, experts + mlp.gates_shared, precision))
         for name, inputs, outputs in (("experts_up", hidden, ups * inner), ("experts_down", inner, hidden)):
             one = _matmul(name, count, inputs, outputs, precision)
             operators.append(
@@ -235,6 +238,12 @@ def _elementwise(
         name=name, family=STREAM, calls=calls, row_flops=flops_per_element * read,
         row_bytes=element_bytes * (read + written),
     )  # fmt: skip
+
+
+def _expanded_width(attention: Attention, heads: float) -> float:
+    """Keys without their rotary part, and values, of all heads of one latent."""
+    assert attention.latent is not None
+    return heads * (attention.head_size - attention.latent[2] + attention.value_size)
 
 
 def _pairs(new: int, cached: int, window: int | None) -> float:

@@ -49,6 +49,29 @@ def test_layers_have_the_windows_that_their_family_gives_them() -> None:
     assert set(windows("qwen2.5-7b")) == {None}
 
 
+def test_a_window_of_qwen_is_used_on_demand_only_and_by_its_last_layers() -> None:
+    config = CONFIGS["qwen2.5-7b"] | {"sliding_window": 64, "max_window_layers": 20}
+
+    def windowed(changes: dict[str, Any]) -> int:
+        shape = ModelShape.from_config(config | changes)
+        return sum(count for (attention, _), count in shape.layers.items() if attention.window == 64)
+
+    assert windowed({"use_sliding_window": False}) == windowed({"use_sliding_window": None}) == 0
+    assert windowed({"use_sliding_window": True}) == windowed({"use_sliding_window": True, "model_type": "qwen3"}) == 8
+
+
+def test_falcons_share_one_kv_head_or_groups_of_them() -> None:
+    for name, kv_heads in (("falcon-7b", 1), ("falcon-40b", 8)):
+        ((attention, _),) = ModelShape.from_config(CONFIGS[name]).layers
+        assert attention.num_kv_heads == kv_heads
+
+
+def test_mixtures_have_experts_in_every_so_many_layers() -> None:
+    shape = ModelShape.from_config(CONFIGS["qwen3-30b-a3b"] | {"decoder_sparse_step": 4, "mlp_only_layers": [3]})
+    by_experts = {mlp.num_experts: count for (_, mlp), count in shape.layers.items()}
+    assert by_experts == {0: 37, 128: 11}
+
+
 def test_dense_first_layers_and_shared_experts_are_told_apart() -> None:
     shape = ModelShape.from_config(CONFIGS["deepseek-v3"])
     by_experts = {mlp.num_experts: (count, mlp.active_size) for (_, mlp), count in shape.layers.items()}
@@ -74,6 +97,8 @@ def test_what_is_not_known_is_taken_for_the_generic_form_and_said(caplog: pytest
         ({"sliding_window": -4}, "has sliding_window -4"),
         ({"kv_lora_rank": 512}, "needs qk_nope_head_dim"),
         ({"num_experts": "8"}, "has num_experts '8'"),
+        ({"intermediate_size": None}, "needs intermediate_size .* it is None"),
+        ({"num_experts": 8}, "needs num_experts_per_tok .* it is None"),
     ],
 )
 def test_a_size_that_is_none_is_named_with_its_file(change: dict[str, Any], message: str) -> None:
