@@ -1,62 +1,127 @@
 """How many tokens a request will generate: quantiles from what its tenant, and all tenants, have generated before.
 
-Method: several simple predictors (the tenant's own quantiles, those of its requests with prompts of about that length, its
-newest ones, everybody's of that prompt length) are mixed with weights that fall exponentially with the pinball loss each of
-them has had, per tenant and over all tenants, per quantile (Vovk, "Aggregating strategies", 1990; fixed share: Herbster and
-Warmuth, 1998). The tenant's own quantiles are one of them and begin with the largest weight: where nothing else helps, the
-mixture costs next to nothing.
+Method: several simple predictors are mixed, per quantile, with weights that fall exponentially with the pinball loss that
+each of them has had with this tenant and with all (Vovk, "Aggregating strategies", 1990), and that never vanish, so that
+the mixture follows changes (fixed share: Herbster and Warmuth, "Tracking the best expert", 1998). The predictors:
+    own       quantiles of the tenant's requests; the largest weight at first, for where nothing else helps it must win
+    shrunk    the same, pulled to everybody's while they are few
+    near      of its requests with the nearest prompt lengths
+    newest    of its newest requests
+    alike     of everybody's requests with the nearest prompt lengths, few and many of them
 
 Rules:
-- Online: `observe` a request when it has finished; every one is predicted before it is learned.
-- Bounded: the newest `HISTORY` requests of at most `MAX_TENANTS` tenants; who was not seen for longest goes.
-- No clock, no chance: the same requests give the same predictions.
+- Online: `observe` a request when it has finished; `predict` changes nothing.
+- Bounded: the newest `HISTORY` requests of at most `MAX_TENANTS` tenants; who was not observed for longest goes.
+- No clock, no chance: the same requests in the same order give the same predictions.
 """
 
 import math
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Self
-
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[np.float64]
 
 QUANTILES = (0.1, 0.5, 0.9)
 FIRST_GUESS = (10.0, 150.0, 600.0)
 """Tokens that are expected of the very first request: a chat's."""
 
-HISTORY, NEWEST = 512, 100
+HISTORY, EVERYBODY = 1024, 2048
+"""Requests that are remembered of a tenant, and of all together."""
+
 MAX_TENANTS = 4096
-EVERYBODY = 2048
-"""Requests of all tenants that are remembered for those who are new."""
+MAX_TOKENS = 10**9
+NEAR, NEWEST = 32, 32
+"""Requests of the tenant that `near` and `newest` ask."""
 
-FEWEST = 20
-"""Requests of all tenants with a prompt of about that length before they are asked."""
-
-KERNELS = ((0.2, math.inf), (0.5, math.inf), (0.3, 150.0))
-"""Widths in the logarithm of the prompt's length, and in requests since."""
+ALIKE = (32, 128)
+"""Requests of everybody that `alike` asks."""
 
 SHRINKAGE = 8.0
-"""Own requests that weigh as much as everybody's quantiles."""
+"""Requests that weigh as much as the quantiles to which theirs are pulled."""
 
-PRIOR = np.array((5.0, 5.0) + (1.0,) * (len(KERNELS) + 2))
+PREDICTORS = ("own", "shrunk", "near", "newest", *(f"alike {num}" for num in ALIKE))
+PRIOR = tuple((5.0 if name in ("own", "shrunk") else 1.0) / (10.0 + len(PREDICTORS) - 2) for name in PREDICTORS)
 RATE, COMMON_RATE, SHARE = 1.0, 0.1, 0.002
-"""How fast a tenant's weights and those of all follow the losses, and what every predictor gets back."""
+"""How fast a tenant's weights and those of all follow the losses, and what every predictor gets back of its prior."""
 
 LEAST_COMMON = -6.0
-SCHEMA = 1
+SCHEMA = 2
+
+Quantiles = tuple[float, ...]
+
+
+class History:
+    """The newest requests, also in order of length and of prompt length, so that quantiles need no sorting."""
+
+    __slots__ = ("_by_prompt", "_next", "_size", "order", "rising")
+
+    def __init__(self, size: int) -> None:
+        self._size, self._next = size, 0
+        self.order: deque[tuple[int, int, int]] = deque()
+        """Prompt tokens, number of the request, output tokens."""
+
+        self.rising: list[int] = []
+        self._by_prompt: list[tuple[int, int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def add(self, prompt_tokens: int, output_tokens: int) -> None:
+        """Remember a request; the oldest goes where there are too many."""
+        if len(self.order) == self._size:
+            oldest = self.order.popleft()
+            del self._by_prompt[bisect_left(self._by_prompt, oldest)]
+            del self.rising[bisect_left(self.rising, oldest[2])]
+        request = (prompt_tokens, self._next, output_tokens)
+        self._next += 1
+        self.order.append(request)
+        insort(self._by_prompt, request)
+        insort(self.rising, output_tokens)
+
+    def near(self, prompt_tokens: int, num: int) -> Quantiles:
+        """Quantiles of those with the nearest prompt lengths, half of them shorter and half longer."""
+        first = bisect_left(self._by_prompt, (prompt_tokens,))
+        past = bisect_left(self._by_prompt, (prompt_tokens + 1,))
+        start = max(0, min((first + past - num) // 2, len(self) - num))
+        return quantiles_of(sorted([output for _, _, output in self._by_prompt[start : start + num]]))
+
+    def newest(self, num: int) -> list[int]:
+        """Output tokens of the newest ones."""
+        return [output for _, _, output in islice(reversed(self.order), num)]
+
+    def to_pairs(self) -> list[tuple[int, int]]:
+        """Prompt and output tokens, oldest first."""
+        return [(prompt, output) for prompt, _, output in self.order]
+
+    def extend(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Remember what `to_pairs` returned.
+
+        Raises:
+            ValueError: A number of tokens is none.
+        """
+        for prompt, output in pairs:
+            _check_tokens("prompt_tokens", prompt, least=0)
+            _check_tokens("output_tokens", output, least=0)
+            self.add(prompt, output)
+
+    def check(self) -> None:
+        """Assert that the three orders hold the same requests."""
+        assert len(self.order) <= self._size, f"{len(self.order)} requests where {self._size} may be"
+        assert self._by_prompt == sorted(self.order), "requests by prompt length"
+        assert self.rising == sorted(output for _, _, output in self.order), "requests by length"
+
+
+def _prior_weights() -> list[list[float]]:
+    return [list(PRIOR) for _ in QUANTILES]
 
 
 @dataclass(slots=True)
 class _Tenant:
-    prompts: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    """Logarithms."""
-
-    lengths: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    weights: Array = field(default_factory=lambda: np.tile(np.log(PRIOR / PRIOR.sum())[:, None], (1, len(QUANTILES))))
-    """Logarithms, of shape (predictors, quantiles)."""
+    history: History = field(default_factory=lambda: History(HISTORY))
+    weights: list[list[float]] = field(default_factory=_prior_weights)
+    """By quantile and predictor; a quantile's add up to 1."""
 
 
 class OutputLength:
@@ -64,16 +129,12 @@ class OutputLength:
 
     def __init__(self) -> None:
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
-        self._everybody: deque[float] = deque(maxlen=EVERYBODY)
-        self._alike: dict[int, deque[float]] = {}
-        """Lengths by half octaves of the prompt."""
+        self._everybody = History(EVERYBODY)
+        self._common = [[0.0] * len(PREDICTORS) for _ in QUANTILES]
+        """Logarithms of what all tenants' weights are multiplied with, by quantile and predictor."""
 
-        self._common: Array = np.zeros((len(PRIOR), len(QUANTILES)))
-
-    def predict(
-        self, tenant: str, prompt_tokens: int, max_tokens: int | None = None, *, kind: str = ""
-    ) -> tuple[float, ...]:
-        """Return the quantiles of the output length, rising, none above `max_tokens`.
+    def predict(self, tenant: str, prompt_tokens: int, max_tokens: int | None = None, *, kind: str = "") -> Quantiles:
+        """Return the quantiles of the output length, rising, at least 1 and none above `max_tokens`.
 
         Args:
             kind: Kinds of requests (chat, completion) of a tenant have histories of their own.
@@ -84,9 +145,14 @@ class OutputLength:
         _check_tokens("prompt_tokens", prompt_tokens, least=0)
         if max_tokens is not None:
             _check_tokens("max_tokens", max_tokens, least=1)
-        known = self._tenants.get(_key(tenant, kind))
-        mixed = self._mix(known or _Tenant(), self._predictions(known or _Tenant(), math.log1p(prompt_tokens)))
-        return tuple(float(value) for value in np.clip(mixed, 1.0, max_tokens or math.inf))
+        known = self._tenants.get(_key(tenant, kind)) or _Tenant()
+        by_quantile = zip(*self._predictions(known.history, prompt_tokens), strict=True)
+        mixed = []
+        for predictions, own_weights, common in zip(by_quantile, known.weights, self._common, strict=True):
+            weights = [weight * math.exp(log) for weight, log in zip(own_weights, common, strict=True)]
+            mixed.append(sum(w * length for w, length in zip(weights, predictions, strict=True)) / sum(weights))
+        most = math.inf if max_tokens is None else float(max_tokens)
+        return tuple(min(max(length, 1.0), most) for length in sorted(mixed))
 
     def observe(self, tenant: str, prompt_tokens: int, output_tokens: int, *, kind: str = "") -> None:
         """Learn from a request that has finished by itself.
@@ -96,30 +162,33 @@ class OutputLength:
         """
         _check_tokens("prompt_tokens", prompt_tokens, least=0)
         _check_tokens("output_tokens", output_tokens, least=0)
-        known, prompt = self._tenant(_key(tenant, kind)), math.log1p(prompt_tokens)
-        losses = pinball(self._predictions(known, prompt), output_tokens)
-        newest = list(known.lengths)[-NEWEST:]
-        relative = losses / (1.0 + (sum(newest) / len(newest) if newest else output_tokens))
-        self._common = self._common - COMMON_RATE * relative
-        self._common = np.maximum(self._common - self._common.max(axis=0), LEAST_COMMON)
-        weights = _normalised(known.weights - RATE * relative)
-        known.weights = np.log((1.0 - SHARE) * weights + SHARE * (PRIOR / PRIOR.sum())[:, None])
-        known.prompts.append(prompt)
-        known.lengths.append(float(output_tokens))
-        self._everybody.append(float(output_tokens))
-        self._alike.setdefault(int(2 * prompt), deque(maxlen=HISTORY)).append(float(output_tokens))
+        known = self._tenant(_key(tenant, kind))
+        newest = known.history.newest(NEWEST) or [output_tokens]
+        scale = 1.0 + sum(newest) / len(newest)
+        by_quantile = zip(*self._predictions(known.history, prompt_tokens), strict=True)
+        for index, (quantile, predictions) in enumerate(zip(QUANTILES, by_quantile, strict=True)):
+            losses = [pinball(quantile, length, output_tokens) / scale for length in predictions]
+            known.weights[index] = _reweighted(known.weights[index], losses)
+            common = [log - COMMON_RATE * loss for log, loss in zip(self._common[index], losses, strict=True)]
+            self._common[index] = [max(log - max(common), LEAST_COMMON) for log in common]
+        known.history.add(prompt_tokens, output_tokens)
+        self._everybody.add(prompt_tokens, output_tokens)
 
     def to_document(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         return {
             "schema": SCHEMA,
-            "tenants": {
-                name: {"prompts": list(one.prompts), "lengths": list(one.lengths), "weights": one.weights.tolist()}
+            # A list, for their order says who goes first.
+            "tenants": [
+                {
+                    "name": name,
+                    "requests": list(map(list, one.history.to_pairs())),
+                    "weights": list(map(list, one.weights)),
+                }
                 for name, one in self._tenants.items()
-            },
-            "everybody": list(self._everybody),
-            "alike": {str(octave): list(lengths) for octave, lengths in self._alike.items()},
-            "common": self._common.tolist(),
+            ],
+            "everybody": list(map(list, self._everybody.to_pairs())),
+            "common": list(map(list, self._common)),
         }
 
     @classmethod
@@ -133,28 +202,30 @@ class OutputLength:
             raise ValueError(f"A document of output lengths must have schema {SCHEMA}: begin anew.")
         model = cls()
         try:
-            for name, one in document["tenants"].items():
-                tenant = model._tenant(name)
-                tenant.prompts.extend(map(float, one["prompts"]))
-                tenant.lengths.extend(map(float, one["lengths"]))
-                tenant.weights = np.array(one["weights"], dtype=np.float64)
-            model._everybody.extend(map(float, document["everybody"]))
-            model._alike = {
-                int(name): deque(map(float, many), maxlen=HISTORY) for name, many in document["alike"].items()
-            }
-            model._common = np.array(document["common"], dtype=np.float64)
+            for one in document["tenants"]:
+                tenant = model._tenant(one["name"])
+                tenant.history.extend(one["requests"])
+                tenant.weights = [list(map(float, weights)) for weights in one["weights"]]
+            model._everybody.extend(document["everybody"])
+            model._common = [list(map(float, logs)) for logs in document["common"]]
             model.check()
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"A document of output lengths is damaged ({error}): begin anew.") from None
         return model
 
     def check(self) -> None:
-        """Assert that histories are bounded and weights are some."""
+        """Assert that histories are bounded and in order, and weights are some."""
         assert len(self._tenants) <= MAX_TENANTS, f"{len(self._tenants)} tenants"
+        shape = [len(PREDICTORS)] * len(QUANTILES)
+        assert list(map(len, self._common)) == shape, "common weights"
+        assert all(LEAST_COMMON <= log <= 0.0 for logs in self._common for log in logs), "common weights"
+        self._everybody.check()
         for name, one in self._tenants.items():
-            assert len(one.prompts) == len(one.lengths), f"tenant {name!r} has prompts without lengths"
-            assert one.weights.shape == self._common.shape == (len(PRIOR), len(QUANTILES)), f"weights of {name!r}"
-            assert np.isfinite(one.weights).all(), f"weights of tenant {name!r}"
+            one.history.check()
+            assert list(map(len, one.weights)) == shape, f"weights of tenant {name!r}"
+            for weights in one.weights:
+                assert min(weights) > 0.0, f"weights of tenant {name!r}"
+                assert math.isclose(sum(weights), 1.0), f"weights of tenant {name!r}"
 
     def _tenant(self, key: str) -> _Tenant:
         if key not in self._tenants and len(self._tenants) >= MAX_TENANTS:
@@ -163,52 +234,50 @@ class OutputLength:
         self._tenants.move_to_end(key)
         return one
 
-    def _mix(self, tenant: _Tenant, predictions: Array) -> Array:
-        mixed: Array = np.sort((_normalised(tenant.weights + self._common) * predictions).sum(axis=0))
-        return mixed
-
-    def _predictions(self, tenant: _Tenant, prompt: float) -> Array:
-        """What each predictor says, of shape (predictors, quantiles)."""
-        everybody = quantiles_of(np.array(self._everybody)) if self._everybody else np.array(FIRST_GUESS)
-        lengths = np.array(tenant.lengths)
-        own = quantiles_of(lengths) if len(lengths) else everybody
-        share = len(lengths) / (len(lengths) + SHRINKAGE)
-        shrunk = np.expm1(share * np.log1p(own) + (1.0 - share) * np.log1p(everybody))
-        if len(lengths):
-            near, age = np.abs(np.array(tenant.prompts) - prompt), np.arange(len(lengths))[::-1]
-            order = np.argsort(lengths)
-            kernels = [np.exp(-near / width - age / requests) + 0.01 for width, requests in KERNELS]
-            by_prompt = [_weighted_quantiles(lengths[order], kernel[order]) for kernel in kernels]
-            newest = quantiles_of(lengths[-NEWEST:])
-        else:
-            by_prompt, newest = [shrunk] * len(KERNELS), shrunk
-        alike = self._alike.get(int(2 * prompt), ())
-        of_all = quantiles_of(np.array(alike)) if len(alike) >= FEWEST else shrunk
-        return np.stack((own, shrunk, *by_prompt, newest, of_all))
+    def _predictions(self, history: History, prompt_tokens: int) -> list[Quantiles]:
+        """What each of `PREDICTORS` says."""
+        everybody = quantiles_of(self._everybody.rising) if len(self._everybody) else FIRST_GUESS
+        alike = [
+            self._everybody.near(prompt_tokens, num) if len(self._everybody) >= num else everybody for num in ALIKE
+        ]
+        if not len(history):
+            return [everybody, everybody, alike[-1], alike[-1], *alike]
+        own, num = quantiles_of(history.rising), len(history)
+        # Half of them at most: the nearest of a few are all of them.
+        num_near, num_newest = min(NEAR, max(1, num // 2)), min(NEWEST, num)
+        near = history.near(prompt_tokens, num_near)
+        newest = quantiles_of(sorted(history.newest(num_newest)))
+        return [
+            own, _pulled(own, everybody, num), _pulled(near, own, num_near), _pulled(newest, own, num_newest), *alike
+        ]  # fmt: skip
 
 
-def pinball(predictions: Array, length: float | Array) -> Array:
-    """Pinball loss of predicted quantiles, elementwise over the last axis of `QUANTILES`."""
-    missing = length - predictions
-    loss: Array = np.maximum(np.array(QUANTILES) * missing, (np.array(QUANTILES) - 1.0) * missing)
-    return loss
+def pinball(quantile: float, predicted: float, length: float) -> float:
+    """Pinball loss of one predicted quantile."""
+    missing = length - predicted
+    return max(quantile * missing, (quantile - 1.0) * missing)
 
 
-def quantiles_of(lengths: Array) -> Array:
-    """Quantiles of lengths that all count alike."""
-    return np.asarray(np.quantile(lengths, QUANTILES), dtype=np.float64)
+def quantiles_of(rising: Sequence[float]) -> Quantiles:
+    """Quantiles of lengths that rise and all count alike, linear between two of them."""
+    found = []
+    for quantile in QUANTILES:
+        below, part = divmod(quantile * (len(rising) - 1), 1.0)
+        lower, upper = rising[int(below)], rising[min(int(below) + 1, len(rising) - 1)]
+        found.append(lower + part * (upper - lower))
+    return tuple(found)
 
 
-def _weighted_quantiles(rising: Array, weights: Array) -> Array:
-    total = np.cumsum(weights)
-    found = np.searchsorted(total, np.array(QUANTILES) * total[-1] - 1e-9)
-    result: Array = rising[np.minimum(found, len(rising) - 1)]
-    return result
+def _pulled(quantiles: Quantiles, towards: Quantiles, num: int) -> Quantiles:
+    share = num / (num + SHRINKAGE)
+    return tuple(share * one + (1.0 - share) * other for one, other in zip(quantiles, towards, strict=True))
 
 
-def _normalised(logs: Array) -> Array:
-    weights: Array = np.exp(logs - logs.max(axis=0))
-    return weights / weights.sum(axis=0)
+def _reweighted(weights: list[float], losses: list[float]) -> list[float]:
+    least = min(losses)
+    scaled = [weight * math.exp(-RATE * (loss - least)) for weight, loss in zip(weights, losses, strict=True)]
+    total = sum(scaled)
+    return [(1.0 - SHARE) * one / total + SHARE * prior for one, prior in zip(scaled, PRIOR, strict=True)]
 
 
 def _key(tenant: str, kind: str) -> str:
@@ -216,5 +285,5 @@ def _key(tenant: str, kind: str) -> str:
 
 
 def _check_tokens(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}: it is {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_TOKENS:
+        raise ValueError(f"{name} must be a whole number of {least} to {MAX_TOKENS}: it is {value!r}.")

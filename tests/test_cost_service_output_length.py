@@ -7,13 +7,14 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cost_service import output_length
-from cost_service.evaluate_lengths import evaluate_lengths, oracle_loss
-from cost_service.output_length import HISTORY, OutputLength
+from cost_service.evaluate_lengths import LEAST_GAIN, evaluate_lengths, oracle_losses
+from cost_service.output_length import EVERYBODY, HISTORY, PREDICTORS, QUANTILES, History, OutputLength, quantiles_of
 from cost_service.traces import TraceRequest, load_trace
 from tests.shared_data import needs_data
 
@@ -42,7 +43,8 @@ def test_prompts_that_tell_the_length_are_listened_to() -> None:
 def test_where_only_the_tenant_matters_next_to_nothing_is_lost() -> None:
     report = evaluate_lengths(requests(2000, by_prompt=False))
     assert report["loss_ratio"] < 1.01
-    assert report["oracle_gain"] < 0.01
+    assert report["oracle_gain"] < LEAST_GAIN
+    assert report["oracle_gain_in_hindsight"] == pytest.approx(report["oracle_gain_by_chance"], abs=0.01)
     assert report["share_of_honest_gain"] is None
     for quantile, share in report["coverage"].items():
         assert share == pytest.approx(float(quantile), abs=0.06)
@@ -72,8 +74,50 @@ def test_kinds_of_requests_have_histories_of_their_own() -> None:
 
 
 def test_an_oracle_that_leaves_out_what_it_judges_does_not_gain_from_chance() -> None:
-    made = requests(2000, by_prompt=False)
-    assert oracle_loss(made, folds=1) < oracle_loss(made, folds=5)
+    losses = {way: loss.mean() for way, loss in oracle_losses(requests(2000, by_prompt=False), num_bins=8).items()}
+    assert losses["hindsight"] == pytest.approx(losses["chance"], rel=0.01)
+    assert losses["hindsight"] < losses["honest"] * 0.98
+
+
+def test_an_oracle_gains_from_prompts_that_tell_the_length() -> None:
+    losses = {way: loss.mean() for way, loss in oracle_losses(requests(2000, by_prompt=True), num_bins=4).items()}
+    assert losses["honest"] < 0.7 * losses["chance"]
+
+
+def test_lengths_that_never_change_are_matched() -> None:
+    made = [TraceRequest(arrival_s=0.0, tenant="a", prompt_tokens=1, output_tokens=7)] * 50
+    report = evaluate_lengths(made)
+    assert report["held_out_loss_ratio"] == pytest.approx(1.0, abs=1e-3)
+    assert report["share_of_hindsight_gain"] is None
+    with pytest.raises(ValueError, match="at least 2 requests"):
+        evaluate_lengths(made[:1])
+
+
+def test_to_predict_changes_nothing() -> None:
+    model = OutputLength()
+    for request in requests(50, by_prompt=True):
+        model.observe(request.tenant, request.prompt_tokens, request.output_tokens)
+    before = json.dumps(model.to_document())
+    model.predict("t0", 5)
+    model.predict("never seen", 5)
+    assert json.dumps(model.to_document()) == before
+
+
+def test_a_document_does_not_change_with_the_model() -> None:
+    model = OutputLength()
+    model.observe("a", 3, 4)
+    document, before = model.to_document(), json.dumps(model.to_document())
+    model.observe("a", 3, 400)
+    assert json.dumps(document) == before
+
+
+def test_a_tenant_that_is_forgotten_is_predicted_as_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_length, "MAX_TENANTS", 3)
+    model = OutputLength()
+    for tenant in ("gone", "a", "b", "c"):
+        for _ in range(40):
+            model.observe(tenant, 10, 5000 if tenant == "gone" else 50)
+    assert model.predict("gone", 10) == model.predict("new", 10)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +125,26 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = OutputLength()
     for index in range(40):
         model.observe(f"t{index}", 10, 10)
-    for _ in range(HISTORY + 50):
-        model.observe("often", 10, 10)
+    for index in range(HISTORY + 1500):
+        model.observe("often", index % 97, index % 89)
     model.check()
     document = model.to_document()
-    assert len(document["tenants"]) == 10
-    assert len(document["tenants"]["often"]["lengths"]) == HISTORY
-    assert "t39" in document["tenants"]
-    assert "t5" not in document["tenants"]
+    held = {one["name"]: len(one["requests"]) for one in document["tenants"]}
+    assert held == {**{f"t{index}": 1 for index in range(31, 40)}, "often": HISTORY}
+    assert len(document["everybody"]) == EVERYBODY
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=80), st.integers(1, 20))
+def test_a_history_answers_as_one_that_sorts_anew(pairs: list[tuple[int, int]], size: int) -> None:
+    history = History(size)
+    for prompt, length in pairs:
+        history.add(prompt, length)
+        history.check()
+    kept = pairs[-size:]
+    assert history.to_pairs() == kept
+    assert quantiles_of(history.rising) == pytest.approx(np.quantile([length for _, length in kept], QUANTILES))
+    assert history.near(20, len(kept)) == pytest.approx(quantiles_of(sorted(length for _, length in kept)))
+    assert history.newest(3) == [length for _, length in kept[::-1][:3]]
 
 
 HISTORIES = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 10**6), st.integers(0, 10**6)), max_size=60)
@@ -108,20 +164,41 @@ def test_quantiles_rise_and_stay_within_what_is_allowed(
     assert predicted[-1] <= (max_tokens or 10**6)
     again = OutputLength.from_document(json.loads(json.dumps(model.to_document())))
     assert again.predict("a", prompt, max_tokens) == predicted
+    for one in (model, again):
+        one.observe("a", prompt, 17)
+    assert again.to_document() == model.to_document()
 
 
-ODD = {"a": {"prompts": [1], "lengths": [], "weights": []}}
+def damaged(**changes: object) -> dict[str, object]:
+    model = OutputLength()
+    model.observe("a", 3, 4)
+    tenant, common = dict(model.to_document()["tenants"][0]), model.to_document()["common"]
+    fields = {key: value for key, value in changes.items() if key in tenant}
+    return {**model.to_document(), "tenants": [tenant | fields], "common": changes.get("common", common)}
 
 
 @pytest.mark.parametrize(
-    "document", [{}, {"schema": 2}, {"schema": 1}, {"schema": 1, "tenants": []}, {"schema": 1, "tenants": ODD}]
+    "document",
+    [
+        {},
+        {"schema": output_length.SCHEMA - 1},
+        {"schema": output_length.SCHEMA},
+        {"schema": output_length.SCHEMA, "tenants": 3},
+        damaged(requests=[[1]]),
+        damaged(requests=[[1, -1]]),
+        damaged(requests=[[1, float("nan")]]),
+        damaged(weights=[]),
+        damaged(weights=[[float("nan")] * len(PREDICTORS)] * 3),
+        damaged(weights=[[2.0] * len(PREDICTORS)] * 3),
+        damaged(common=[[1.0] * len(PREDICTORS)] * 3),
+    ],
 )
 def test_a_document_that_is_none_is_refused(document: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="begin anew"):
         OutputLength.from_document(document)
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, True, None, "3", float("nan")])
+@pytest.mark.parametrize("value", [-1, 1.5, True, None, "3", float("nan"), 10**400])
 def test_numbers_that_are_none_are_refused(value: object) -> None:
     model = OutputLength()
     with pytest.raises(ValueError, match="prompt_tokens must be a whole number"):
@@ -134,10 +211,21 @@ def test_numbers_that_are_none_are_refused(value: object) -> None:
 
 @needs_data
 @pytest.mark.parametrize(
-    "source", ["vtc:vtc_arena/real_trace.csv", "servegen:servegen/sampled_deepseek-r1_1h_4rps.csv"]
+    ("source", "most"),
+    [
+        ("vtc:vtc_arena", 0.92),
+        ("servegen:servegen/sampled_deepseek-r1_1h_4rps.csv", 1.01),
+        ("servegen:servegen/sampled_m-large_1h_8rps.csv", 1.01),
+        ("azure:azure_llm_2023", 0.45),
+        ("mooncake:mooncake", 1.01),
+    ],
 )
-def test_public_traces_are_predicted_as_well_as_is_asked(data: Path, source: str) -> None:
+def test_public_traces_are_predicted_as_well_as_is_asked(data: Path, source: str, most: float) -> None:
+    """Half of the honest oracle's gain; that in hindsight is chance on the ServeGen traces, as their shuffling shows."""
     name, _, path = source.partition(":")
-    report = evaluate_lengths(load_trace(f"{name}:{data / path}")[:6000])
-    assert report["loss_ratio"] < 1.01
-    assert report["share_of_honest_gain"] is None or report["share_of_honest_gain"] > 0.5
+    report = evaluate_lengths(load_trace(f"{name}:{data / path}"))
+    assert report["loss_ratio"] < most
+    assert report["held_out_loss_ratio"] < min(1.01, 1.0 - 0.5 * report["oracle_gain"])
+    if name == "servegen":
+        assert report["oracle_gain"] < 0.0
+        assert report["oracle_gain_in_hindsight"] < report["oracle_gain_by_chance"] + LEAST_GAIN

@@ -3,12 +3,16 @@
 Method: small files written by the tests; the public traces where they are at hand.
 """
 
+import time
 from pathlib import Path
 
 import pytest
 
 from cost_service.traces import TraceRequest, load_trace
 from tests.shared_data import needs_data
+
+CSV = "arrival_s,tenant,prompt_tokens,output_tokens\n"
+MOONCAKE = '{"timestamp": 0, "input_length": %s, "output_length": %s, "hash_ids": %s}'
 
 FILES = {
     "azure": ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -28,9 +32,10 @@ def test_every_source_gives_the_same_requests_in_order(source: str, given: str, 
     (tmp_path / name).write_text(text)
     (tmp_path / "README.md").write_text("not a trace")
     requests = load_trace(f"{source}:{tmp_path / name if given == 'file' else tmp_path}")
+    hashes = (1,) if source == "mooncake" else ()
     tenants = ("", "") if source in ("azure", "mooncake") else ("7", "8")
     assert requests == [
-        TraceRequest(arrival_s=0.0, tenant=tenants[0], prompt_tokens=10, output_tokens=20),
+        TraceRequest(arrival_s=0.0, tenant=tenants[0], prompt_tokens=10, output_tokens=20, prefix_hashes=hashes),
         TraceRequest(arrival_s=4.5, tenant=tenants[1], prompt_tokens=30, output_tokens=40),
     ]
 
@@ -38,13 +43,28 @@ def test_every_source_gives_the_same_requests_in_order(source: str, given: str, 
 @pytest.mark.parametrize(
     ("source", "text", "message"),
     [
-        ("csv", "arrival_s,tenant,prompt_tokens\n1,a,2\n", "Line 2 of .* has no output_tokens"),
-        ("csv", "arrival_s,prompt_tokens,output_tokens\n1,2,3\n", "Line 2 of .* has no tenant"),
+        ("csv", "arrival_s,tenant,prompt_tokens\n1,a,2\n", "Line 1 of .* has no output_tokens"),
+        ("csv", "arrival_s,prompt_tokens,output_tokens\n1,2,3\n", "Line 1 of .* has no tenant"),
         ("csv", "arrival_s,tenant,prompt_tokens,output_tokens\n1,a,2,3\n2,a,-2,3\n", "prompt_tokens in line 3 of"),
         ("csv", "arrival_s,tenant,prompt_tokens,output_tokens\nsoon,a,2,3\n", "arrival_s in line 2 of"),
         ("csv", "arrival_s,tenant,prompt_tokens,output_tokens\nnan,a,2,3\n", "arrival_s in line 2 of"),
         ("csv", "arrival_s,tenant,prompt_tokens,output_tokens\n", "has no request"),
         ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", "TIMESTAMP in line 2 of"),
+        ("csv", CSV + "1,a,2\n", "Line 2 of .* has no output_tokens"),
+        ("csv", CSV + "1,a,2,3,4\n", "Line 2 of .* has more values"),
+        ("csv", CSV + "1,,2,3\n", "tenant in line 2 of .* must not be empty"),
+        ("csv", CSV + "1,a,2.5,3\n", "prompt_tokens in line 2 of .* must be a whole number"),
+        ("csv", CSV + "1,a,inf,3\n", "prompt_tokens in line 2 of"),
+        (
+            "csv",
+            CSV.replace("tenant", "tenant,user") + "1,a,b,2,3\n",
+            "Line 1 of .* unknown 'user': known are arrival_s",
+        ),
+        ("csv", "", "Line 1 of .* has no arrival_s"),
+        ("mooncake", MOONCAKE % ("true", 2, []), "input_length in line 1 of"),
+        ("mooncake", MOONCAKE % (1, 2, [-1]), "hash_ids in line 1 of .* must be a list of whole numbers"),
+        ("mooncake", MOONCAKE % (1, 2, 3), "hash_ids in line 1 of"),
+        ("mooncake", "[" * 100_000, "Line 1 of .* must be a JSON object"),
         ("mooncake", "{\n", "Line 1 of .* must be a JSON object"),
         ("mooncake", "[1]\n", "must be a JSON object"),
     ],
@@ -77,7 +97,7 @@ def test_a_source_that_is_none_is_refused(
 @needs_data
 def test_every_public_trace_is_read(data: Path) -> None:
     num = {
-        "azure:azure_llm_2023": 19366, "mooncake:mooncake": 12031, "vtc:vtc_arena/real_trace.csv": 1500,
+        "azure:azure_llm_2023": 19366, "mooncake:mooncake": 12031, "vtc:vtc_arena": 1500,
         "servegen:servegen/sampled_deepseek-r1_1h_4rps.csv": 16610,
     }  # fmt: skip
     for source, count in num.items():
@@ -85,3 +105,31 @@ def test_every_public_trace_is_read(data: Path) -> None:
         requests = load_trace(f"{name}:{data / path}")
         assert len(requests) == count
         assert requests[0].arrival_s == 0.0
+        assert all(bool(request.prefix_hashes) == (name == "mooncake") for request in requests)
+
+
+def test_a_folder_of_several_traces_is_not_guessed_from(tmp_path: Path) -> None:
+    for name in ("one.csv", "two.csv"):
+        (tmp_path / name).write_text(CSV + "0,a,1,1\n")
+    (tmp_path / "other.csv").write_text("policy," + CSV + "FCFS,0,a,1,1\n")
+    with pytest.raises(ValueError, match=r"has 2 traces of that kind, one\.csv, two\.csv: give the file"):
+        load_trace(f"csv:{tmp_path}")
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"t\.csv is no text"):
+        load_trace(f"csv:{tmp_path / 't.csv'}")
+
+
+def test_an_instant_without_a_zone_is_not_local_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In New York the hour from 1 to 2 came twice that night."""
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        path = tmp_path / "a.csv"
+        path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-05 00:30:00,1,1\n2023-11-05 02:30:00,1,1\n")
+        assert load_trace(f"azure:{path}")[1].arrival_s == 7200.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
