@@ -20,7 +20,9 @@ from cluster.config import DEFAULT_MODEL, default_home
 from cluster.workload import RequestSpec, synthetic
 from cost_service.calibration import MeasuredPreemption, write_calibration
 from cost_service.learner import CostLearner
-from cost_service.samples import Sample
+from cost_service.samples import Sample, StepSample
+from cost_service.snapshot import CostSnapshot
+from replicas.preemption_meter import Measurement
 
 BLOCK_SIZE = 32
 MAX_NUM_SEQS = 16
@@ -71,10 +73,10 @@ def calibrate(options: argparse.Namespace) -> None:
         for number in range(options.rounds)
     ]
     os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": str(options.threads)})  # before vLLM is imported
-    start, samples, preemptions = measure(settings_of(folder, rounds, options.threads), rounds)
+    measured = measure(settings_of(folder, rounds, options.threads), rounds)
     options.output.mkdir(parents=True)
     shutil.copy(folder / "config.json", options.output / "config.json")
-    write_calibration(options.output, start, samples, preemptions)
+    write_calibration(options.output, *measured)
 
 
 def settings_of(folder: Path, rounds: list[tuple[RequestSpec, ...]], threads: int) -> EngineSettings:
@@ -92,8 +94,8 @@ def settings_of(folder: Path, rounds: list[tuple[RequestSpec, ...]], threads: in
 
 def measure(
     settings: EngineSettings, rounds: list[tuple[RequestSpec, ...]]
-) -> tuple[Any, list[Sample], list[MeasuredPreemption]]:
-    """Serve the rounds; return the costs to begin with, samples, and each preemption as predicted and measured."""
+) -> tuple[CostSnapshot, list[Sample], list[StepSample], list[MeasuredPreemption]]:
+    """Serve the rounds; return the costs to begin with, samples, steps, and each preemption as predicted and measured."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     # Without a prefix cache: how much of a victim survives in it is chance, and no cost.
@@ -101,16 +103,10 @@ def measure(
     arguments["served_model_name"] = Path(settings.model).name
     llm = LLM(**arguments)
     core = llm.llm_engine.engine_core.engine_core
-    preemptor, measured = core.scheduler.preemptor, []
-    take = preemptor.meter.take
-
-    def watched_take() -> Any:
-        done = take()
-        measured.extend(done)
-        return done
-
-    preemptor.meter.take = watched_take
-    learner, samples, preemptions = None, [], []
+    watch = _Watch(core.scheduler)
+    preemptor, learner = core.scheduler.preemptor, None
+    samples: list[Sample] = []
+    preemptions: list[MeasuredPreemption] = []
     for number, requests in enumerate(rounds):
         residual = number % 2 == 1
         if learner is not None:
@@ -133,8 +129,48 @@ def measure(
                 round=number, action=one.action.value, residual=residual, predicted_s=one.predicted_s,
                 measured_s=one.measured_s,
             )
-            for one in measured
+            for one in watch.take_preemptions()
         ]  # fmt: skip
-        measured.clear()
     core.shutdown()
-    return start, samples, preemptions
+    return start, samples, watch.steps, preemptions
+
+
+class _Watch:
+    """Looks on while a scheduler works: keeps its steps, and the preemptions that its meter has measured."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.steps: list[StepSample] = []
+        self._preemptions: list[Measurement] = []
+        self._batch: tuple[int, int, tuple[tuple[int, int], ...]] = (0, 0, ())
+        self._meter = scheduler.preemptor.meter
+        self._update, self._step, self._take = scheduler.update_from_output, self._meter.step, self._meter.take
+        scheduler.update_from_output = self._updated
+        self._meter.step, self._meter.take = self._stepped, self._taken
+
+    def take_preemptions(self) -> list[Measurement]:
+        """Return what was measured since the last call."""
+        taken, self._preemptions = self._preemptions, []
+        return taken
+
+    def _updated(self, output: Any, *arguments: Any, **keywords: Any) -> Any:
+        cached = {one.req_id: one.num_computed_tokens for one in output.scheduled_new_reqs}
+        again = output.scheduled_cached_reqs
+        cached |= dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
+        work = [(cached[name], new) for name, new in output.num_scheduled_tokens.items()]
+        decodes = [before + new for before, new in work if new == 1]
+        self._batch = (len(decodes), sum(decodes), tuple(one for one in work if one[1] > 1))
+        return self._update(output, *arguments, **keywords)
+
+    def _stepped(self, seconds: float, **keywords: Any) -> float | None:
+        num_decodes, decode_tokens, prefills = self._batch
+        own_s = seconds - self._meter.step_copies_s
+        if own_s > 0.0 and (num_decodes or prefills):
+            self.steps.append(
+                StepSample(num_decodes=num_decodes, decode_tokens=decode_tokens, prefills=prefills, seconds=own_s)
+            )
+        return self._step(seconds, **keywords)
+
+    def _taken(self) -> list[Measurement]:
+        taken: list[Measurement] = self._take()
+        self._preemptions += taken
+        return taken

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cost_service import evaluate
-from cost_service.calibration import is_calibration, learned_snapshot, preemption_figures, read_preemptions
+from cost_service.calibration import (
+    is_calibration,
+    judged_steps,
+    learned_snapshot,
+    preemption_figures,
+    read_preemptions,
+    step_figures,
+)
 from cost_service.evaluate_lengths import evaluate_lengths
 from cost_service.fit import snapshot_of
 from cost_service.profiles import load_profiles
@@ -71,6 +78,11 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if options.profile is not None and is_calibration(options.profile):
         report["figures"] = preemption_figures(read_preemptions(options.profile))
         print(preemptions_table(report["figures"]))
+        steps = judged_steps(options.profile)
+        report["figures"]["engine_step"] = step_figures(steps)
+        print(table({"engine_step": report["figures"]["engine_step"]}))
+        if options.plot is not None:
+            plot({"engine_step": steps}, options.plot)
     elif options.profile is not None:
         report = run_step_times(options)
     if options.trace:
@@ -92,10 +104,15 @@ def run_step_times(options: argparse.Namespace) -> dict[str, Any]:
     figures = evaluate.report(judged)
     print(table(figures))
     if options.plot is not None:
-        from cost_service.plot import draw
-
-        draw(judged, options.plot)
+        plot(judged, options.plot)
     return {"profiles": sorted({model.name for model in models}), "figures": figures}
+
+
+def plot(judged: dict[str, evaluate.Judged], path: Path) -> None:
+    """Draw predicted against measured."""
+    from cost_service.plot import draw  # takes a second
+
+    draw(judged, path)
 
 
 def run_fit(options: argparse.Namespace) -> dict[str, Any]:

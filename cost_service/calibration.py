@@ -7,26 +7,39 @@ fitted; `residual` says whether what was learned by size was used or left out.
 """
 
 import csv
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from cost_service.engine_step import EngineBatch, EngineStep
+from cost_service.evaluate import Judged
 from cost_service.learner import CostLearner
-from cost_service.samples import Sample
+from cost_service.model_shape import ModelShape
+from cost_service.samples import Sample, StepSample
 from cost_service.snapshot import CostSnapshot
 
-START, SAMPLES, PREEMPTIONS = "start.json", "samples.jsonl", "preemptions.csv"
+CONFIG, START, SAMPLES, STEPS, PREEMPTIONS = (
+    "config.json", "start.json", "samples.jsonl", "steps.jsonl", "preemptions.csv"
+)  # fmt: skip
 
 ASKED_ERROR = 0.20
-"""Median relative error that is asked for at most."""
+"""Median relative error of a preemption that is asked for at most."""
 
-_sample = msgspec.json.Decoder(Sample)
+ASKED_STEP_ERROR = 0.10
+"""The same of a step."""
+
+FITTED_SHARE = 2 / 3
+"""Of the steps; the rest is judged."""
+
+_sample, _step = msgspec.json.Decoder(Sample), msgspec.json.Decoder(StepSample)
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +59,16 @@ def is_calibration(folder: Path) -> bool:
 
 
 def write_calibration(
-    folder: Path, start: CostSnapshot, samples: Iterable[Sample], preemptions: Sequence[MeasuredPreemption]
+    folder: Path,
+    start: CostSnapshot,
+    samples: Iterable[Sample],
+    steps: Iterable[StepSample],
+    preemptions: Sequence[MeasuredPreemption],
 ) -> None:
     """Write the files; `config.json` is the caller's."""
     (folder / START).write_text(start.to_json() + "\n")
-    (folder / SAMPLES).write_bytes(b"".join(msgspec.json.encode(sample) + b"\n" for sample in samples))
+    for name, lines in ((SAMPLES, samples), (STEPS, steps)):
+        (folder / name).write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
     with (folder / PREEMPTIONS).open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(MeasuredPreemption)])
         writer.writeheader()
@@ -63,17 +81,51 @@ def learned_snapshot(folder: Path) -> CostSnapshot:
     Raises:
         ValueError: A file is missing or damaged.
     """
-    try:
-        learner = CostLearner(CostSnapshot.from_json((folder / START).read_text()))
-        lines = (folder / SAMPLES).read_bytes().splitlines()
-    except OSError as error:
-        raise ValueError(f"{folder} is no complete calibration ({error.strerror}): calibrate again.") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            learner.observe([_sample.decode(line)])
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"Line {number} of {folder / SAMPLES} is no sample: {error}") from None
+    learner = CostLearner(CostSnapshot.from_json(_content(folder, START)))
+    learner.observe(_lines(folder, SAMPLES, _sample))
     return learner.refit()
+
+
+def fitted_step(folder: Path, steps: Sequence[StepSample] | None = None) -> EngineStep:
+    """Learn how long the engine's steps take from all that a calibration measured, or from some of it.
+
+    Raises:
+        ValueError: A file is missing or damaged.
+    """
+    steps = read_steps(folder) if steps is None else steps
+    try:
+        config = json.loads(_content(folder, CONFIG))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is no model's config ({error}): calibrate again.") from None
+    shape = ModelShape.from_config(config, source=f"{folder / CONFIG}")
+    start = CostSnapshot.from_json(_content(folder, START))
+    batches = [EngineBatch(step.num_decodes, step.decode_tokens, step.prefills) for step in steps]
+    return EngineStep.fit(
+        shape, batches, np.array([step.seconds for step in steps]), parallelism=start.parallelism
+    )  # fmt: skip
+
+
+def read_steps(folder: Path) -> list[StepSample]:
+    """Read the steps of a calibration.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    return _lines(folder, STEPS, _step)
+
+
+def judged_steps(folder: Path) -> Judged:
+    """Predict the last third of the steps by what the others have taught.
+
+    Raises:
+        ValueError: A file is missing or damaged.
+    """
+    steps = read_steps(folder)
+    cut = int(FITTED_SHARE * len(steps))
+    rest = steps[cut:]
+    batches = [EngineBatch(step.num_decodes, step.decode_tokens, step.prefills) for step in rest]
+    estimate = fitted_step(folder, steps[:cut]).estimate(batches)
+    return Judged(estimate, np.array([step.seconds for step in rest]))
 
 
 def read_preemptions(folder: Path) -> list[MeasuredPreemption]:
@@ -115,3 +167,26 @@ def preemption_figures(preemptions: Sequence[MeasuredPreemption]) -> dict[str, d
         if name.endswith("_learned"):
             figures[name] |= {"asked": ASKED_ERROR, "reached": figures[name]["median_error"] <= ASKED_ERROR}
     return figures
+
+
+def step_figures(judged: Judged) -> dict[str, Any]:
+    """How well steps were predicted, and whether as well as is asked."""
+    figures = judged.figures()
+    return figures | {"asked": ASKED_STEP_ERROR, "reached": figures["median_error"] <= ASKED_STEP_ERROR}
+
+
+def _content(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder} has no {name} to read ({error.strerror}): calibrate again.") from None
+
+
+def _lines(folder: Path, name: str, decoder: "msgspec.json.Decoder[_Read]") -> list[_Read]:
+    read = []
+    for number, line in enumerate(_content(folder, name).splitlines(), start=1):
+        try:
+            read.append(decoder.decode(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"Line {number} of {folder / name} is none of a calibration: {error}") from None
+    return read

@@ -34,5 +34,19 @@ class LinkSample(msgspec.Struct, frozen=True, kw_only=True, tag="link", forbid_u
     seconds: float
 
 
+class StepSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One whole step of an engine."""
+
+    num_decodes: int
+    decode_tokens: int
+    """KV tokens that all decodes read together, their own included."""
+
+    prefills: tuple[tuple[int, int], ...]
+    """Of each prefill the tokens cached before it, and the new ones."""
+
+    seconds: float
+    """From step to step, without copies that the engine waited for."""
+
+
 Sample = PrefillSample | CopySample | LinkSample
-"""Any of them."""
+"""Any of those that a running engine tells."""

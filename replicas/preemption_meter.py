@@ -72,7 +72,9 @@ class PreemptionMeter:
         self._copies: dict[Direction, deque[tuple[str, int]]] = {direction: deque() for direction in Direction}
         self._decodes = _Line()
         self._done: list[Measurement] = []
-        self._step_copies_s = 0.0
+        self.step_copies_s = 0.0
+        """Of copies that the engine waited for in the step under way."""
+
         self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self.resume_wait_s = 0.0
         """Seconds between preemption and having blocks again, mean of the last victims."""
@@ -134,7 +136,7 @@ class PreemptionMeter:
 
     def copied(self, direction: Direction, num_blocks: int, seconds: float) -> None:
         """Copies have ended that took so long together: the oldest planned ones of that direction."""
-        self._step_copies_s += seconds
+        self.step_copies_s += seconds
         self._samples.append(CopySample(direction=direction.value, num_blocks=num_blocks, seconds=seconds))
         queue, left = self._copies[direction], num_blocks
         while left > 0:
@@ -156,7 +158,7 @@ class PreemptionMeter:
         Returns:
             Seconds that its prefills took; None for a step without any, or while there is nothing to compare with.
         """
-        seconds, self._step_copies_s = seconds - self._step_copies_s, 0.0
+        seconds, self.step_copies_s = seconds - self.step_copies_s, 0.0
         if not prefills:
             if num_decodes:
                 self._decodes.add(num_decodes, seconds)

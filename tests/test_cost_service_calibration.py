@@ -15,14 +15,29 @@ from cost_service.__main__ import main
 from cost_service.calibration import (
     MeasuredPreemption,
     is_calibration,
+    judged_steps,
     learned_snapshot,
     preemption_figures,
     read_preemptions,
+    read_steps,
     write_calibration,
 )
+from cost_service.engine_step import EngineStep
+from cost_service.model_shape import ModelShape
+from cost_service.samples import StepSample
 from cost_service.snapshot import CostSnapshot
 from tests.engine_runs import write_weights
+from tests.model_configs import CONFIGS
+from tests.test_cost_service_engine_step import CORE
 from tests.test_cost_service_learner import START, TRUTH, samples
+
+STEPS = [
+    StepSample(
+        num_decodes=num, decode_tokens=num * context, prefills=prefills,
+        seconds=EngineStep(ModelShape.from_config(CONFIGS["smollm2-135m"]), CORE).step_s(num, num * context, prefills),
+    )
+    for context in (50, 100, 200) for num in range(1, 17) for prefills in ((), ((0, context),))
+]  # fmt: skip
 
 
 def preemption(number: int, predicted_s: float, *, action: str = "swap", residual: bool = True) -> MeasuredPreemption:
@@ -38,7 +53,9 @@ def folder(tmp_path: Path) -> Path:
         preemption(1, 0.9),
         preemption(2, 2.0, residual=False),
     ]
-    write_calibration(tmp_path, START, samples(TRUTH, 400), [*preemptions, preemption(1, 1.5, action="recompute")])
+    preemptions.append(preemption(1, 1.5, action="recompute"))
+    write_calibration(tmp_path, START, samples(TRUTH, 400), STEPS, preemptions)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["smollm2-135m"]))
     return tmp_path
 
 
@@ -49,6 +66,7 @@ def test_a_calibration_comes_back_as_it_was_written(folder: Path) -> None:
     assert found[1] == preemption(1, 1.1)
     learned = learned_snapshot(folder)
     assert learned.version == START.version + 1
+    assert read_steps(folder) == STEPS
     assert learned.out_block_s == pytest.approx(TRUTH.out_block_s, rel=0.2)
 
 
@@ -74,13 +92,19 @@ def test_the_commands_read_it(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert CostSnapshot.from_json(json.dumps(document)) == learned_snapshot(folder)
     assert main(["evaluate", "--profile", str(folder), "--json", str(result)]) == 0
     assert "swap_learned" in capsys.readouterr().out
-    assert json.loads(result.read_text())["figures"]["swap_learned"]["preemptions"] == 3
+    figures = json.loads(result.read_text())["figures"]
+    assert figures["swap_learned"]["preemptions"] == 3
+    assert figures["engine_step"]["rows"] == len(STEPS) // 3
+    assert figures["engine_step"]["reached"] is True
 
 
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("samples.jsonl", '{"type":"copy"}\n', "Line 1 of .*samples.jsonl is no sample"),
+        ("samples.jsonl", '{"type":"copy"}\n', "Line 1 of .*samples.jsonl is none of a calibration"),
+        ("steps.jsonl", '{"seconds":1.0}\n', "Line 1 of .*steps.jsonl is none of a calibration"),
+        ("config.json", '{"hidden_size":', "config.json is no model's config"),
+        ("config.json", "{}", "config.json"),
         ("start.json", "{}", "must be the JSON object that the cost service writes"),
         ("preemptions.csv", "round,action\n1,swap\n", "Line 2 of .*preemptions.csv is no preemption"),
         ("preemptions.csv", "round,action,residual,predicted_s,measured_s\n1,swap,True,nan,1\n", "not finite"),
@@ -89,7 +113,7 @@ def test_the_commands_read_it(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_what_is_damaged_is_named(folder: Path, file: str, text: str, message: str) -> None:
     (folder / file).write_text(text)
     with pytest.raises(ValueError, match=message):
-        (learned_snapshot(folder), read_preemptions(folder))
+        (learned_snapshot(folder), read_preemptions(folder), judged_steps(folder))
 
 
 def test_what_is_missing_is_named(folder: Path) -> None:
@@ -97,7 +121,7 @@ def test_what_is_missing_is_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"has no preemptions\.csv: calibrate again"):
         read_preemptions(folder)
     (folder / "start.json").unlink()
-    with pytest.raises(ValueError, match="is no complete calibration"):
+    with pytest.raises(ValueError, match=r"has no start\.json to read"):
         learned_snapshot(folder)
 
 
@@ -121,6 +145,7 @@ def test_the_command_measures_preemptions_of_a_real_engine(tiny_model: Path, tmp
     assert learned.model == tiny_model.name
     # Who gives way how is chance here: some rounds have one action only.
     assert preemption_figures(preemptions)
+    assert 0.0 < judged_steps(output).figures()["median_error"] < 1.0
     again = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 2
     assert again.stderr.startswith("Error: --output")
