@@ -120,13 +120,14 @@ def crossover(results: dict[str, Any]) -> float | None:
     return None
 
 
-def mistaken(costs: CostSnapshot, options: argparse.Namespace, link_block_s: float) -> CostSnapshot:
+def mistaken(costs: CostSnapshot, options: argparse.Namespace, block_s: float) -> CostSnapshot:
     """The costs that the arms are told, which the options may have made wrong."""
     wrong = options.costs_wrong_by
     costs = replace(costs, token_s=costs.token_s * wrong, recompute_fixed_s=costs.recompute_fixed_s * wrong)
     if options.link_wrong_by != 1:
         # As if learned: the engine puts the throttle's true speed into analytic costs.
-        costs = replace(costs, version=1, link_block_s=link_block_s / options.link_wrong_by)
+        told_s = block_s / options.link_wrong_by
+        costs = replace(costs, version=1, link_out_block_s=told_s, link_in_block_s=told_s)
     return costs
 
 

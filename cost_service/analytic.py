@@ -110,5 +110,6 @@ def analytic_snapshot(
         out_block_s=block_s if hardware.copies_stall else 0.0,
         in_block_s=block_s if hardware.copies_stall else 0.0,
         link_latency_s=0.0,
-        link_block_s=0.0 if hardware.copies_stall else block_s,
+        link_out_block_s=0.0 if hardware.copies_stall else block_s,
+        link_in_block_s=0.0 if hardware.copies_stall else block_s,
     )

@@ -1,6 +1,6 @@
 """Learns the cost snapshot of one kind of replica from what its engines measure.
 
-Data flow: samples -> one `OnlineCost` per cost (prefill, copy out, copy in, link) -> the next version of the snapshot.
+Data flow: samples -> one `OnlineCost` per cost (prefill, copies out and in, link out and in) -> the next snapshot.
 
 Rules:
 - The first snapshot, analytic or fitted to a profile, is the prior: what was never measured keeps its terms, scaled as
@@ -37,7 +37,8 @@ class CostLearner:
             ),
             "out": OnlineCost((start.swap_fixed_s, start.out_block_s), num_knots=BLOCK_KNOTS),
             "in": OnlineCost((start.swap_fixed_s, start.in_block_s), num_knots=BLOCK_KNOTS),
-            "link": OnlineCost((start.link_latency_s, start.link_block_s), num_knots=BLOCK_KNOTS),
+            "link_out": OnlineCost(_link_prior(start, start.link_out_block_s), num_knots=BLOCK_KNOTS),
+            "link_in": OnlineCost(_link_prior(start, start.link_in_block_s), num_knots=BLOCK_KNOTS),
         }  # fmt: skip
 
     def observe(self, samples: Iterable[Sample]) -> int:
@@ -46,7 +47,7 @@ class CostLearner:
 
     def refit(self) -> CostSnapshot:
         """Learn from what was observed; return the newest snapshot."""
-        prefill, out, in_, link = (self.costs[name].refit() for name in ("prefill", "out", "in", "link"))
+        prefill, out, in_, link_out, link_in = (cost.refit() for cost in self.costs.values())
         fixed_s = (out.coefficients[0] + in_.coefficients[0]) / 2
         learned = replace(
             self.snapshot,
@@ -59,8 +60,10 @@ class CostLearner:
             out_knots_s=_above(out, fixed_s),
             in_block_s=in_.coefficients[1],
             in_knots_s=_above(in_, fixed_s),
-            link_latency_s=link.coefficients[0],
-            link_block_s=link.coefficients[1],
+            link_latency_s=(link_out.coefficients[0] + link_in.coefficients[0]) / 2,
+            link_out_block_s=link_out.coefficients[1],
+            link_in_block_s=link_in.coefficients[1],
+            link_shared_ratio=_shared_ratio(self.snapshot, link_out, link_in),
         )
         if learned != self.snapshot:
             self.snapshot = replace(learned, version=self.snapshot.version + 1)
@@ -69,7 +72,8 @@ class CostLearner:
     def predict(self, *, num_tokens: int, attention: float, num_blocks: int) -> dict[str, float]:
         """Seconds of a prefill of tokens beyond the ridge, and of copying blocks, by what was learned last."""
         work: dict[str, tuple[tuple[float, ...], int]] = {"prefill": ((1.0, float(num_tokens), attention), num_tokens)}
-        work |= {name: ((1.0, float(num_blocks)), num_blocks) for name in ("out", "in", "link")}
+        work |= {name: ((1.0, float(num_blocks)), num_blocks) for name in ("out", "in")}
+        work |= {name: ((1.0, float(num_blocks), 0.0), num_blocks) for name in ("link_out", "link_in")}
         return {
             name: float(self.costs[name].learned.seconds(np.array([features]), np.array([float(size)]))[0])
             for name, (features, size) in work.items()
@@ -103,10 +107,22 @@ class CostLearner:
                 return self.costs["prefill"].observe(features, num_tokens, seconds)
             case CopySample(direction=direction, num_blocks=num_blocks, seconds=seconds):
                 return self.costs[direction].observe((1.0, num_blocks), num_blocks, seconds)
-            case LinkSample(num_blocks=num_blocks, seconds=seconds):
-                return self.costs["link"].observe((1.0, num_blocks), num_blocks, seconds)
+            case LinkSample(direction=direction, num_blocks=num_blocks, shared=shared, seconds=seconds):
+                features = (1.0, num_blocks, num_blocks * shared)
+                return self.costs[f"link_{direction}"].observe(features, num_blocks, seconds)
         assert not sample, f"no sample: {type(sample)}"
         return False
+
+
+def _link_prior(start: CostSnapshot, block_s: float) -> tuple[float, float, float]:
+    """Coefficients of a transfer, of its blocks, and of those that went while the other direction was busy."""
+    return start.link_latency_s, block_s, block_s * start.link_shared_ratio
+
+
+def _shared_ratio(before: CostSnapshot, *links: LearnedCost) -> float:
+    """How much longer transfers take beside one of the other direction, of both directions together."""
+    block_s, shared_s = (sum(link.coefficients[column] for link in links) for column in (1, 2))
+    return shared_s / block_s if block_s > 0.0 else before.link_shared_ratio
 
 
 def _above(cost: LearnedCost, fixed_s: float) -> tuple[float, ...]:

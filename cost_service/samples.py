@@ -31,6 +31,9 @@ class LinkSample(msgspec.Struct, frozen=True, kw_only=True, tag="link", forbid_u
 
     direction: Literal["out", "in"]
     num_blocks: int
+    shared: float = 0.0
+    """Share of its time for which the other direction carried something too."""
+
     seconds: float
 
 

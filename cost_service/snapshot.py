@@ -17,7 +17,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-SCHEMA = 2
+SCHEMA = 3
 
 MAX_KNOTS = 64
 
@@ -61,8 +61,14 @@ class CostSnapshot:
     link_latency_s: float = 0.0
     """Seconds that a transfer takes beside the engine, whatever its size."""
 
-    link_block_s: float = 0.0
-    """Seconds per block and direction that a transfer occupies the link beside the engine."""
+    link_out_block_s: float = 0.0
+    """Seconds per block that a transfer to host memory occupies the link beside the engine."""
+
+    link_in_block_s: float = 0.0
+    """The same of a transfer back."""
+
+    link_shared_ratio: float = 0.0
+    """How much longer a transfer takes while the other direction carries something too: 0 for no longer, 1 for twice."""
 
     recompute_knots_s: tuple[float, ...] = ()
     """Seconds that recomputing 1, 2, 4, ... tokens takes beyond all that, below 0 where it takes less."""

@@ -57,6 +57,9 @@ class SwapConfig:
     throttled_link_latency_s: float = 0.0
     """SIMULATED: what every transfer takes on top."""
 
+    throttled_link_shared_ratio: float = 0.0
+    """SIMULATED: how much slower a transfer is beside one of the other direction; 1: one bandwidth for both."""
+
     def __post_init__(self) -> None:
         if isinstance(self.host_pool_bytes, bool) or not isinstance(self.host_pool_bytes, int):
             raise ValueError("host_pool_bytes must be a whole number of bytes.")
@@ -73,6 +76,10 @@ class SwapConfig:
             raise ValueError("throttled_link_bytes_per_s must be above 0 and finite; leave it out for no throttle.")
         if not 0 <= self.throttled_link_latency_s < math.inf:
             raise ValueError("throttled_link_latency_s must be finite and not negative.")
+        if not 0 <= self.throttled_link_shared_ratio <= 1:
+            raise ValueError(
+                "throttled_link_shared_ratio must be between 0 (full duplex) and 1 (one bandwidth for both)."
+            )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:

@@ -185,6 +185,6 @@ def _after(pressure: Pressure, victim: Candidate, action: Action, costs: CostSna
         num_needed_blocks=pressure.num_needed_blocks - victim.num_freed_blocks,
         num_running=max(1, pressure.num_running - 1),
         num_free_host_slots=pressure.num_free_host_slots - copied,
-        out_queue_s=pressure.out_queue_s + costs.link_block_s * copied,
-        in_queue_s=pressure.in_queue_s + (costs.link_block_s * victim.num_blocks if swapped else 0.0),
+        out_queue_s=pressure.out_queue_s + costs.link_out_block_s * copied,
+        in_queue_s=pressure.in_queue_s + (costs.link_in_block_s * victim.num_blocks if swapped else 0.0),
     )

@@ -11,9 +11,9 @@ Terms (a comparison of FLOPs with bytes alone would always swap; these are what 
               + residual(n)                                  what was learned beside, by size
     swap      = 2 * fixed                                        overhead of two copies
               + out_block_s * copied + in_block_s * loaded       stall of the others while blocks are copied
-              + loaded / pool * (latency + link_block_s * loaded)    blocks that are held but idle while they load
-              + (in queue + latency + link_block_s * loaded) / running    the victim's own wait for its load
-              + max(0, latency + out queue + link_block_s * copied - resume wait) / running    and for its copy out
+              + loaded / pool * (latency + link_in_s * loaded)       blocks that are held but idle while they load
+              + (in queue + latency + link_in_s * loaded) / running       the victim's own wait for its load
+              + max(0, latency + out queue + link_out_s * copied - resume wait) / running      and for its copy out
               + residual(copied) + residual(loaded)              what was learned beside, by size
               + excess                                           what the last swaps took beyond all that (a busy link)
 with T tokens held, r of them likely to survive in the prefix cache until resume, n = T - r, slack = tokens that the step
@@ -116,8 +116,10 @@ def prices(candidate: Candidate, pressure: Pressure, costs: CostSnapshot) -> Pri
     """Price both actions for one candidate."""
     copied, loaded = _copied(candidate), _loaded(candidate, costs.block_size)
     new, slack = candidate.num_tokens - candidate.num_surviving_tokens, _slack(pressure, costs)
-    out_s = pressure.out_queue_s + costs.link_latency_s + costs.link_block_s * copied
-    in_s = costs.link_latency_s + costs.link_block_s * loaded
+    carried_s = costs.link_out_block_s * copied
+    carried_s += costs.link_shared_ratio * min(carried_s, pressure.in_queue_s)
+    out_s = pressure.out_queue_s + costs.link_latency_s + carried_s
+    in_s = costs.link_latency_s + costs.link_in_block_s * loaded
     terms = {
         "recompute_overhead": costs.recompute_fixed_s,
         "recompute_tokens": costs.token_s * max(0.0, new - slack),
@@ -187,7 +189,7 @@ class CandidateTable:
 
     def price(self, pressure: Pressure, costs: CostSnapshot) -> NDArray[np.float64]:
         """Seconds of shape (candidates, 2): recompute and swap; a swap that has no room is infinite."""
-        pool, running, link = pressure.num_pool_blocks, pressure.num_running, costs.link_block_s
+        pool, running, link = pressure.num_pool_blocks, pressure.num_running, costs.link_in_block_s
         beyond_s = pressure.out_queue_s + costs.link_latency_s - pressure.resume_wait_s
         swap_s = 2 * costs.swap_fixed_s + pressure.swap_excess_s
         swap_s += (pressure.in_queue_s + costs.link_latency_s) / running
@@ -197,6 +199,8 @@ class CandidateTable:
         weights[5, 1] = link / pool
         terms: NDArray[np.float64] = features @ weights
         table = terms[:, :2]
+        if (shared := costs.link_shared_ratio) > 0.0 and pressure.in_queue_s > 0.0:
+            terms[:, 2] += shared * np.minimum(costs.link_out_block_s * self._features[:, 3], pressure.in_queue_s)
         table[:, 1] += np.maximum(0.0, terms[:, 2]) / running
         if slack := _slack(pressure, costs):
             table[:, 0] -= costs.token_s * np.minimum(self._features[:, 1], slack)
@@ -219,7 +223,7 @@ class CandidateTable:
             knots = (costs.recompute_knots_s, costs.out_knots_s, costs.in_knots_s)
             self._weights = np.zeros((6 + sum(map(len, knots)), 3))
             self._weights[:3, 0] = costs.recompute_fixed_s, costs.token_s, costs.attention_s
-            self._weights[3] = 0.0, costs.out_block_s, costs.link_block_s
+            self._weights[3] = 0.0, costs.out_block_s, costs.link_out_block_s
             if len(self._weights) > 6:
                 sizes = (self._features[:, column] for column in (1, 3, 4))  # computed, copied, loaded
                 shares = [hats(size, len(knot)) for size, knot in zip(sizes, knots, strict=True)]

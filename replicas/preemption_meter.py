@@ -148,9 +148,15 @@ class PreemptionMeter:
                 if direction is Direction.IN:
                     self._finish(request_id)
 
-    def transferred(self, direction: Direction, num_blocks: int, seconds: float) -> None:
-        """A transfer beside the engine took so long from when the link was free for it."""
-        self._samples.append(LinkSample(direction=direction.value, num_blocks=num_blocks, seconds=seconds))
+    def transferred(self, direction: Direction, num_blocks: int, seconds: float, *, shared: float = 0.0) -> None:
+        """A transfer beside the engine took so long from when the link was free for it.
+
+        Args:
+            shared: Share of that time for which the other direction carried something too.
+        """
+        self._samples.append(
+            LinkSample(direction=direction.value, num_blocks=num_blocks, shared=shared, seconds=seconds)
+        )
 
     def step(self, seconds: float, *, num_decodes: int, prefills: Sequence[Prefill]) -> float | None:
         """A step of a busy engine has ended; the copies reported since the last one ran within it.

@@ -15,6 +15,7 @@ from functools import partial, reduce
 
 import torch
 
+from replicas.transfer import Carried
 from replicas.vllm_cuda_copy import CudaCopies
 
 MEASURED_BLOCKS = (1, 9)
@@ -91,6 +92,10 @@ class BlockCopier:
         for device, host in zip(self._device_rows, self._host_rows, strict=True):
             _copy_rows(host, slots, device, blocks)
         return lambda: True
+
+    def take_transfers(self) -> list[Carried]:
+        """What transfers beside the engine have told; none on CPU, where the engine waits for its copies."""
+        return [] if self._cuda is None else self._cuda.take_transfers()
 
     def checksum(self, slot: int) -> int:
         """CRC-32 of a host slot's bytes in all layers; on CPU only, where a copy is complete when it returns."""

@@ -30,7 +30,9 @@ def costs_of(vllm_config: Any, kv_cache_config: Any, config: SwapConfig | None) 
         costs = replace(
             costs,
             link_latency_s=config.throttled_link_latency_s,
-            link_block_s=block_bytes / config.throttled_link_bytes_per_s,
+            link_out_block_s=block_bytes / config.throttled_link_bytes_per_s,
+            link_in_block_s=block_bytes / config.throttled_link_bytes_per_s,
+            link_shared_ratio=config.throttled_link_shared_ratio,
         )
     return costs
 

@@ -11,6 +11,7 @@ import torch
 
 from replicas.copy_schedule import Copy, CopyScheduler, Event, Op, Pair, RecordEvent, Stream, WaitEvent, ZeroSlots
 from replicas.throttled_link import Direction
+from replicas.transfer import Carried, Transfer, TransferLog
 
 
 class CudaCopies:
@@ -23,6 +24,12 @@ class CudaCopies:
         self._side = {stream: torch.cuda.Stream() for stream in (Stream.OUT, Stream.IN)}
         self._zeros = [torch.zeros_like(rows[0]) for rows in device_rows]
         self._events: dict[Event, torch.cuda.Event] = {}
+        self._began = torch.cuda.Event(enable_timing=True)
+        """What the times of transfers count from."""
+        self._began.record()
+        self._under_way: list[tuple[Copy, torch.cuda.Event, torch.cuda.Event]] = []
+        self._log = TransferLog()
+        self._carried: list[Carried] = []
 
     def copy_out(
         self, pairs: Sequence[Pair], *, zero_slots: Sequence[int], written_blocks: Collection[int] | None
@@ -49,7 +56,22 @@ class CudaCopies:
         self._poll()
         return event not in self._events
 
+    def take_transfers(self) -> list[Carried]:
+        """Return what the transfers tell that were complete at the last poll, once."""
+        carried, self._carried = self._carried, []
+        return carried
+
     def _poll(self) -> None:
+        under_way, self._under_way = self._under_way, []
+        done = []
+        for copy, begin, end in under_way:
+            if end.query():
+                start_s, end_s = (self._began.elapsed_time(event) / 1e3 for event in (begin, end))
+                num_blocks = sum(run.num_blocks for run in copy.runs)
+                done.append(Transfer(direction=copy.direction, num_blocks=num_blocks, start_s=start_s, end_s=end_s))
+            else:
+                self._under_way.append((copy, begin, end))
+        self._carried += self._log.add(done)
         for event in [event for event in self._events if event.stream is not Stream.COMPUTE]:
             if self._events[event].query():
                 self._scheduler.completed(event)
@@ -65,8 +87,12 @@ class CudaCopies:
                 case WaitEvent():
                     stream.wait_event(self._events[op.event])
                 case Copy():
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     with torch.cuda.stream(stream):
+                        begin.record()
                         self._copy(op)
+                        end.record()
+                    self._under_way.append((op, begin, end))
                 case ZeroSlots():
                     with torch.cuda.stream(stream):
                         self._zero(op.slots)

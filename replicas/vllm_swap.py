@@ -104,6 +104,8 @@ class SwapConnector(KVConnectorBase_V1):
             assert isinstance(report, SwapReport), type(report)
             self.scheduling.speeds = report.speeds
             self.scheduling.lose(report.failed_slots)
+            for one in report.transfers:
+                self.scheduling.meter.transferred(one.direction, one.num_blocks, one.seconds, shared=one.shared)
             for direction in Direction:
                 if report.num_blocks[direction]:
                     self.scheduling.meter.copied(direction, report.num_blocks[direction], report.seconds[direction])

@@ -37,7 +37,11 @@ class SwapScheduling:
         self._link: ThrottledLink | None = None
         if config.throttled_link_bytes_per_s is not None:
             self._link = ThrottledLink(
-                LinkSettings(bytes_per_s=config.throttled_link_bytes_per_s, latency_s=config.throttled_link_latency_s)
+                LinkSettings(
+                    bytes_per_s=config.throttled_link_bytes_per_s,
+                    latency_s=config.throttled_link_latency_s,
+                    shared_ratio=config.throttled_link_shared_ratio,
+                )
             )
         self._asynchronous = asynchronous or self._link is not None
         self._arrived_s: dict[str, float] = {}
@@ -117,12 +121,10 @@ class SwapScheduling:
 
     def _transfer(self, link: ThrottledLink, direction: Direction, num_blocks: int) -> float:
         """Let the simulated link carry blocks; return when it has, and let the meter know how long that takes."""
-        now_s = time.monotonic()
-        free_s = now_s + link.queue_s(direction, now_s)
-        done_s = link.submit(direction, num_blocks * self._block_bytes, now_s)
+        transfer = link.submit(direction, num_blocks * self._block_bytes, time.monotonic())
         if num_blocks:
-            self.meter.transferred(direction, num_blocks, done_s - free_s)
-        return done_s
+            self.meter.transferred(direction, num_blocks, transfer.done_s - transfer.start_s, shared=transfer.shared)
+        return transfer.done_s
 
     def lose(self, slots: list[int]) -> None:
         """What these slots hold is not what it should be: nobody is to load it, and nothing is told of what it cost."""

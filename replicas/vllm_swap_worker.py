@@ -14,6 +14,7 @@ from typing import Self
 
 from replicas.swap_planner import SwapPlan
 from replicas.throttled_link import Direction
+from replicas.transfer import Carried
 from replicas.vllm_block_copy import BlockCopier, CopySpeeds
 from replicas.vllm_internals import KVConnectorWorkerMetadata
 
@@ -29,18 +30,21 @@ class SwapReport(KVConnectorWorkerMetadata):
 
     failed_slots: list[int] = field(default_factory=list)
     """Slots whose copy out failed, or that were not whole when they were to be loaded."""
+    transfers: list[Carried] = field(default_factory=list)
+    """What ran beside the engine and is complete."""
     speeds: CopySpeeds | None = None
     """In the first report: what copies take, measured at start."""
 
     def __bool__(self) -> bool:
-        return any(self.num_blocks.values()) or bool(self.failed_slots) or self.speeds is not None
+        return any(self.num_blocks.values()) or bool(self.failed_slots or self.transfers) or self.speeds is not None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Self:
         """All workers copy the same blocks, each its own part of them; the slowest one counts."""
         assert isinstance(other, SwapReport), type(other)
         assert self.num_blocks == other.num_blocks, "two workers copied different blocks"
         seconds = {direction: max(self.seconds[direction], other.seconds[direction]) for direction in Direction}
-        return type(self)(self.num_blocks, seconds, self.failed_slots + other.failed_slots, self.speeds)
+        failed, transfers = self.failed_slots + other.failed_slots, self.transfers + other.transfers
+        return type(self)(self.num_blocks, seconds, failed, transfers, self.speeds)
 
 
 class SwapWorker:
@@ -120,6 +124,7 @@ class SwapWorker:
 
     def take_report(self) -> SwapReport:
         report, self._report = self._report, SwapReport()
+        report.transfers += self._copier.take_transfers()
         return report
 
     def take_finished(self, now_s: float) -> set[str]:

@@ -26,7 +26,9 @@ VALUES: dict[str, Any] = {
     "out_block_s": 0.0,
     "in_block_s": 0.0,
     "link_latency_s": 1e-5,
-    "link_block_s": 4e-5,
+    "link_out_block_s": 4e-5,
+    "link_in_block_s": 3e-5,
+    "link_shared_ratio": 0.5,
     "recompute_knots_s": (1e-4, -2e-4, 0.0),
     "out_knots_s": (),
     "in_knots_s": (5.0,),
@@ -71,7 +73,7 @@ def test_a_changed_value_is_noticed_by_the_checksum() -> None:
 
 def test_another_schema_is_refused() -> None:
     record = json.loads(CostSnapshot(**VALUES).to_json()) | {"schema": 1}
-    with pytest.raises(ValueError, match="must have schema 2"):
+    with pytest.raises(ValueError, match="must have schema 3"):
         CostSnapshot.from_json(json.dumps(record))
 
 
@@ -79,7 +81,7 @@ def test_another_schema_is_refused() -> None:
     ("name", "value"),
     [
         ("version", -1), ("version", True), ("version", 1.5), ("parallelism", 0), ("block_size", 0), ("token_s", -1e-9),
-        ("token_s", float("nan")), ("link_block_s", float("inf")), ("attention_s", "1"), ("swap_fixed_s", None),
+        ("token_s", float("nan")), ("link_in_block_s", float("inf")), ("attention_s", "1"), ("swap_fixed_s", None),
         ("ridge_tokens", True), ("model", None),
     ],
 )  # fmt: skip
@@ -102,5 +104,5 @@ def test_the_analytic_costs_of_llama_8b_on_h100_are_those_of_the_literature() ->
     )  # fmt: skip
     assert costs.token_s == pytest.approx(30e-6, rel=0.1)  # 28.2 us with the 7.0 billion weights of the layers alone
     assert costs.attention_s * 2 * 8192 == pytest.approx(0.53e-9 * 8192 * 2, rel=0.1)  # 0.53 ns per token and token
-    assert costs.link_block_s / 16 == pytest.approx(2.62e-6, rel=0.01)  # seconds per token on the link
+    assert costs.link_out_block_s / 16 == pytest.approx(2.62e-6, rel=0.01)  # seconds per token on the link
     assert 100 < costs.ridge_tokens < 300

@@ -92,13 +92,12 @@ def test_every_token_is_the_same_when_loads_end_by_themselves(
 
 def test_the_adaptive_policy_recomputes_over_a_slow_link_and_swaps_over_a_fast_one(tiny_model: Path) -> None:
     # Differences of seconds: what a busy machine adds to a copy is learned too, and must not turn a decision here.
-    slow, fast = (
-        over_link(
-            tiny_model, "adaptive", speed, guard=False,
-            cost_snapshot=replace(COSTS, token_s=0.1, link_block_s=BLOCK_BYTES / speed).to_json(),
-        )
-        for speed in (1e2, 1e10)
-    )  # fmt: skip
+    def run_over(speed: float) -> Run:
+        block_s = BLOCK_BYTES / speed
+        costs = replace(COSTS, token_s=0.1, link_out_block_s=block_s, link_in_block_s=block_s)
+        return over_link(tiny_model, "adaptive", speed, guard=False, cost_snapshot=costs.to_json())
+
+    slow, fast = run_over(1e2), run_over(1e10)
     assert (slow.swaps, fast.recomputes) == (0, 0)
     assert min(slow.recomputes, fast.swaps) >= 10
 

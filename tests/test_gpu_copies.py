@@ -54,6 +54,21 @@ def test_every_slot_and_block_holds_what_was_planned(seed: int) -> None:
         assert [int(row.unique()) for row in host] == slots
 
 
+def test_transfers_tell_how_long_they_took() -> None:
+    caches = {"layer": torch.zeros((NUM_BLOCKS, 1 << 20), dtype=torch.uint8, device="cuda")}
+    copier = BlockCopier(caches, num_blocks=NUM_BLOCKS, num_slots=NUM_SLOTS)
+    copier.begin_step(None)
+    copier.copy_out(range(32), range(32))
+    copier.copy_in(range(32, 48), range(32, 48))
+    torch.cuda.synchronize()
+    copier.begin_step(None)
+    copier.copy_out([], [])
+    out, back = sorted(copier.take_transfers(), key=lambda one: one.direction, reverse=True)
+    assert (out.num_blocks, back.num_blocks) == (32, 16)
+    assert min(out.seconds, back.seconds) > 0.0
+    assert copier.take_transfers() == []
+
+
 def test_the_host_is_free_again_at_once() -> None:
     caches = {"layer": torch.zeros((NUM_BLOCKS, 1 << 20), dtype=torch.uint8, device="cuda")}
     copier = BlockCopier(caches, num_blocks=NUM_BLOCKS, num_slots=NUM_SLOTS)

@@ -60,7 +60,7 @@ def test_samples_come_back_as_they_were_sent_and_costs_too() -> None:
         samples=[
             PrefillSample(num_tokens=3, attention=9.0, num_decodes=2, seconds=-1e-4),
             CopySample(direction="out", num_blocks=4, seconds=0.5),
-            LinkSample(direction="in", num_blocks=4, seconds=0.25),
+            LinkSample(direction="in", num_blocks=4, shared=0.5, seconds=0.25),
         ],
     )
     assert decode_to_server(encode(samples)) == samples

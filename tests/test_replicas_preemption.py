@@ -181,9 +181,9 @@ def test_who_has_given_way_often_enough_is_spared_while_others_are_there() -> No
 def test_a_slow_link_turns_the_choice_and_a_backlog_on_it_too() -> None:
     victim = [candidate("a", 320)]
     assert chosen(AdaptivePolicy().choose(victim, pressure(), COSTS)) == [("a", "swap")]
-    slow = replace(COSTS, link_block_s=50e-3)
+    slow = replace(COSTS, link_out_block_s=50e-3, link_in_block_s=50e-3)
     assert chosen(AdaptivePolicy().choose(victim, pressure(), slow)) == [("a", "recompute")]
-    fair = replace(COSTS, link_block_s=5e-3)
+    fair = replace(COSTS, link_out_block_s=5e-3, link_in_block_s=5e-3)
     assert chosen(AdaptivePolicy().choose(victim, pressure(), fair)) == [("a", "swap")]
     backlog = pressure(out_queue_s=2.0)
     assert chosen(AdaptivePolicy().choose(victim, backlog, fair)) == [("a", "recompute")]
@@ -191,7 +191,7 @@ def test_a_slow_link_turns_the_choice_and_a_backlog_on_it_too() -> None:
 
 def test_the_prices_of_a_decision_are_those_of_its_victim_at_that_moment() -> None:
     running = [candidate("leader", 16), candidate("b", 320), candidate("c", 336)]
-    fair = replace(COSTS, link_block_s=1e-3)
+    fair = replace(COSTS, link_out_block_s=1e-3, link_in_block_s=1e-3)
     first, second = AdaptivePolicy().choose(running, pressure(num_needed_blocks=30), fair)
     assert first.prices == prices(running[2], pressure(num_needed_blocks=30), fair)
     assert second.prices.terms_s["swap_wait"] > prices(running[1], pressure(), fair).terms_s["swap_wait"]

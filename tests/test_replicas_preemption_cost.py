@@ -40,7 +40,8 @@ LINKED = CostSnapshot(
     out_block_s=0.0,
     in_block_s=0.0,
     link_latency_s=0.5,
-    link_block_s=0.1,
+    link_out_block_s=0.1,
+    link_in_block_s=0.1,
 )
 
 
@@ -172,7 +173,9 @@ def test_the_table_prices_as_the_terms_do() -> None:
             out_block_s=rng.random(),
             in_block_s=rng.random(),
             link_latency_s=rng.random(),
-            link_block_s=rng.random(),
+            link_out_block_s=rng.random(),
+            link_in_block_s=rng.random(),
+            link_shared_ratio=rng.random(),
             recompute_knots_s=knots(rng, 12),
             out_knots_s=knots(rng, 6),
             in_knots_s=knots(rng, 5),

@@ -55,7 +55,7 @@ def test_a_snapshot_that_is_wrong_is_said_and_the_analytic_costs_are_used(
 def test_the_speed_of_a_throttled_link_is_part_of_the_costs(tiny_model: Path) -> None:
     costs = costs_told(tiny_model, throttled_link_bytes_per_s=1e6, throttled_link_latency_s=0.5)
     assert costs.link_latency_s == 0.5
-    assert costs.link_block_s == pytest.approx(2 * 32 * 2 * 32 * 4 / 1e6)
+    assert costs.link_out_block_s == costs.link_in_block_s == pytest.approx(2 * 32 * 2 * 32 * 4 / 1e6)
 
 
 def test_measured_copies_take_the_place_of_analytic_ones_and_not_of_learned_ones() -> None:
