@@ -13,6 +13,7 @@ COMMANDS = {
     "calibrate": ("cluster.calibrate", "measure what preemptions of a model cost on this machine"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
+    "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
     "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),
     "bench-http": ("cluster.bench_http", "compare this endpoint with plain vLLM's server over HTTP"),
 }

@@ -18,7 +18,7 @@ from cost_service.service import CostService, Kind, Store
 logger = logging.getLogger("ray.serve")
 
 NAME, NAMESPACE = "cost_service", "adaptivellm"
-REFIT_INTERVAL_S = 1.0
+REFIT_INTERVAL_S = 0.5
 
 
 class CostActor:

@@ -6,7 +6,7 @@ samples, outliers left out) + a function of one size (`cost_service.hats`, ridge
 Rules:
 - A measurement that is not finite, negative, or of the wrong shape is rejected and counted; one that is far off is an
   outlier, unless most of the newest say the same: then the world has changed, and what was measured before is forgotten.
-- After a change the error is back to what the noise allows once `NEWEST` samples have told of it.
+- After a change the error is back to what the noise allows once `NEWEST` samples have told of it, `SUDDEN` of a great one.
 - With fewer than `FEWEST` samples only the prior's scale is learned.
 """
 
@@ -28,6 +28,9 @@ WINDOW = 512
 
 NEWEST = 24
 """Samples whose median error tells a change."""
+
+SUDDEN, AGREEING = 12, 11
+"""So few tell it where all of them but one are off by as much to the same side."""
 
 FEWEST = 12
 DRIFT = math.log(1.3)
@@ -118,12 +121,14 @@ class OnlineCost:
         if len(self._samples) <= NEWEST or not self.learned.num_samples:
             return
         newest = list(self._samples)[-NEWEST:]
-        if abs(float(np.median([error for *_, error in newest]))) > DRIFT:
-            self._samples = deque(newest, maxlen=WINDOW)
+        errors = np.array([error for *_, error in newest])
+        sudden = max((errors[-SUDDEN:] > DRIFT).sum(), (errors[-SUDDEN:] < -DRIFT).sum()) >= AGREEING
+        if sudden or abs(float(np.median(errors))) > DRIFT:
+            self._samples = deque(newest[-SUDDEN:] if sudden else newest, maxlen=WINDOW)
             self.num_changes += 1
             self.refit()
             # Judged from now on by what is believed now.
-            self._samples = deque(((row, size, s, 0.0) for row, size, s, _ in newest), maxlen=WINDOW)
+            self._samples = deque(((row, size, s, 0.0) for row, size, s, _ in self._samples), maxlen=WINDOW)
 
     def _columns(self) -> tuple[Array, Array, Array, Array]:
         rows, sizes, seconds, errors = zip(*self._samples, strict=True)

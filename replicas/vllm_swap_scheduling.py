@@ -4,6 +4,7 @@ Rule: plans are `SwapPlanner`'s; here are vLLM's requests, time, and the link.
 """
 
 import time
+from dataclasses import replace
 
 from replicas.config import SwapConfig
 from replicas.host_pool import HostBlockPool
@@ -125,6 +126,11 @@ class SwapScheduling:
         if num_blocks:
             self.meter.transferred(direction, num_blocks, transfer.done_s - transfer.start_s, shared=transfer.shared)
         return transfer.done_s
+
+    def change_link(self, factor: float) -> None:
+        """Make the simulated link so many times as fast from now on."""
+        assert self._link is not None, "there is no simulated link"
+        self._link.settings = replace(self._link.settings, bytes_per_s=factor * self._link.settings.bytes_per_s)
 
     def lose(self, slots: list[int]) -> None:
         """What these slots hold is not what it should be: nobody is to load it, and nothing is told of what it cost."""
