@@ -16,9 +16,9 @@ from typing import Any
 from cluster import bench
 from cluster.bench_engine import ENVIRONMENT
 from cluster.workload import RequestSpec
-from cost_service.cost_actor import REFIT_INTERVAL_S
 from cost_service.learner import CostLearner
 from cost_service.samples import LinkSample
+from cost_service.service import REFIT_INTERVAL_S
 from cost_service.snapshot import CostSnapshot
 
 WORKLOAD = "synthetic:requests=240,rate=inf,prompt_mean=80,prompt_max=300,output_mean=150,output_max=300,spread=0.5"

@@ -13,12 +13,11 @@ from typing import Any
 
 import ray
 
-from cost_service.service import CostService, Kind, Store
+from cost_service.service import REFIT_INTERVAL_S, CostService, Kind, Store
 
 logger = logging.getLogger("ray.serve")
 
 NAME, NAMESPACE = "cost_service", "adaptivellm"
-REFIT_INTERVAL_S = 0.5
 
 
 class CostActor:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 KEY = "costs"
 """Collection of the store that holds the newest snapshot of each kind."""
 
+REFIT_INTERVAL_S = 0.5
+"""Seconds between two times that what was observed is learned."""
+
 MAX_KINDS = 64
 
 _samples = msgspec.json.Decoder(list[Sample])
