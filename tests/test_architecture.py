@@ -43,6 +43,7 @@ SHELLS = {
     "cluster/bench_decision.py": "reads vLLM's requests and blocks to measure it",
     "cluster/calibrate.py": "runs a vLLM engine to measure it",
     "cluster/bench_engine.py": "runs vLLM engines to measure them",
+    "cluster/bench_drift.py": "runs a vLLM engine to measure it",
 }
 """Shells beyond the patterns, each with its reason."""
 
