@@ -124,13 +124,21 @@ class StepTime:
         Args:
             collectives: Whether what ranks send each other counts; profilers of one rank do not see it.
         """
+        parts = [
+            self.dense_of(shape, rows, parallelism=parallelism, per_sequence=per_sequence, collectives=collectives)
+            for rows, per_sequence in ((tokens, False), (sequences, True))
+        ]
+        return Estimate.total(parts)
+
+    def dense_of(
+        self, shape: ModelShape, rows: Array, *, parallelism: int, per_sequence: bool, collectives: bool = True
+    ) -> Estimate:
+        """Seconds of the operators whose rows are tokens, or of those whose rows are requests."""
         return Estimate.total(
             [
-                self.operators.predict(one, sequences if one.per_sequence else tokens).map(
-                    partial(np.multiply, one.calls)
-                )
+                self.operators.predict(one, rows).map(partial(np.multiply, one.calls))
                 for one in dense_operators(shape, parallelism=parallelism)
-                if collectives or one.family != COLLECTIVE
+                if one.per_sequence is per_sequence and (collectives or one.family != COLLECTIVE)
             ]
         )
 
