@@ -15,7 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cost_service.analytic import HARDWARE, analytic_snapshot
+from cost_service.analytic import analytic_snapshot
+from cost_service.hardware import HARDWARE
 from cost_service.learner import BLOCK_KNOTS, TOKEN_KNOTS
 from cost_service.model_shape import SEVEN_BILLION
 from replicas.host_pool import HostBlockPool

@@ -18,7 +18,8 @@ from cluster import bench, models
 from cluster.bench_engine import STOCK, Arm
 from cluster.bench_figures import Calibration, Figures, figures, ratios_of
 from cluster.workload import RunResult
-from cost_service.analytic import HARDWARE, analytic_snapshot
+from cost_service.analytic import analytic_snapshot
+from cost_service.hardware import CPU
 from cost_service.kv_memory import ELEMENT_BYTES, kv_token_bytes
 from cost_service.model_shape import ModelShape
 from cost_service.snapshot import CostSnapshot
@@ -149,7 +150,7 @@ def parse_speeds(text: str) -> list[float]:
 def snapshot(config: dict[str, Any], calibration: Calibration, block_bytes: int, block_size: int) -> CostSnapshot:
     """The analytic costs with what the calibration has measured: time per token, and of a prefill of no tokens."""
     analytic = analytic_snapshot(
-        ModelShape.from_config(config), HARDWARE["cpu"], model="", parallelism=1, block_size=block_size,
+        ModelShape.from_config(config), CPU, model="", parallelism=1, block_size=block_size,
         block_bytes=block_bytes,
     )  # fmt: skip
     return replace(

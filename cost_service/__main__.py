@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_service import evaluate
+from cost_service.analytic import analytic_snapshot
 from cost_service.calibration import (
     is_calibration,
     judged_steps,
@@ -19,6 +20,9 @@ from cost_service.calibration import (
 )
 from cost_service.evaluate_lengths import evaluate_lengths
 from cost_service.fit import snapshot_of
+from cost_service.hardware import UNCERTAINTY, Datasheet, Hardware, known_hardware
+from cost_service.kv_memory import kv_token_bytes
+from cost_service.model_shape import ModelShape, read_config
 from cost_service.profiles import load_profiles
 from cost_service.step_time import MeasuredModel, StepTime
 from cost_service.traces import SOURCES, load_trace
@@ -41,11 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     fit = commands.add_parser("fit", help="write the cost snapshots of a profile's models")
     judge = commands.add_parser("evaluate", help="judge predictions of what was not fitted")
     for command in (fit, judge):
-        command.add_argument("--profile", type=Path, metavar="DIR", help="folder of profiles", required=command is fit)
+        command.add_argument("--profile", type=Path, metavar="DIR", help="folder of profiles")
         command.add_argument(
             "--model-config", type=Path, metavar="FILE", help="config.json of the model, if not in DIR"
         )
         command.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
+    fit.add_argument(
+        "--datasheet", metavar="name=X,flops=N,bytes=N,host=N",
+        help="instead of a profile: the GPU's peaks per second (dense bf16, device memory, one way to host memory), or its "
+        "name alone where it is known",
+    )  # fmt: skip
     fit.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="tokens per KV block (default: %(default)s)")
     judge.add_argument(
         "--fit-on", type=Path, action="append", default=[], metavar="DIR",
@@ -58,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--trace", action="append", default=[], metavar="SOURCE:PATH",
         help=f"judge output lengths on a trace ({', '.join(SOURCES)}); may be given several times",
     )  # fmt: skip
+    judge.add_argument(
+        "--cold", action="store_true", help="judge whole steps by the GPU's datasheet alone, as if nothing was measured"
+    )
     judge.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted against measured (.png, .svg, .pdf)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -94,7 +106,11 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def run_step_times(options: argparse.Namespace) -> dict[str, Any]:
     """Judge step times; print a table; return the report."""
     models = load(options.profile, options.model_config)
-    if options.fit_on:
+    if options.cold and (options.fit_on or options.holdout):
+        raise ValueError("--cold fits nothing: leave --fit-on and --holdout out with it.")
+    if options.cold:
+        judged = evaluate.cold(models)
+    elif options.fit_on:
         if options.holdout is not None:
             raise ValueError("--holdout splits the folder itself: leave it out with --fit-on, or --fit-on with it.")
         fitted = [model for folder in options.fit_on for model in load(folder, None)]
@@ -119,6 +135,10 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
     """Fit each GPU's profiles together; return a snapshot for each."""
     if options.block_size < 1:
         raise ValueError("--block-size must be above 0.")
+    if (options.profile is None) == (options.datasheet is None):
+        raise ValueError("Give either --profile or --datasheet.")
+    if options.datasheet is not None:
+        return cold_fit(options)
     if is_calibration(options.profile):
         learned = learned_snapshot(options.profile)
         print(f"{learned.model} on {learned.hardware}: version {learned.version}", file=sys.stderr)
@@ -140,6 +160,24 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
     if not snapshots:
         raise ValueError(f"{options.profile} has no profile with attention: profile it, or give another folder.")
     return {"snapshots": snapshots}
+
+
+def cold_fit(options: argparse.Namespace) -> dict[str, Any]:
+    """Costs of a model on a GPU that nothing was measured on."""
+    if options.model_config is None:
+        raise ValueError("--datasheet needs --model-config, the model's config.json.")
+    hardware = known_hardware(options.datasheet) if "=" not in options.datasheet else None
+    if hardware is None:
+        hardware = Hardware.of_datasheet(Datasheet.parse(options.datasheet))
+    config = read_config(options.model_config)
+    shape = ModelShape.from_config(config, source=str(options.model_config))
+    model = str(config.get("_name_or_path") or options.model_config.parent.name)
+    snapshot = analytic_snapshot(
+        shape, hardware, model=model, parallelism=1, block_size=options.block_size,
+        block_bytes=options.block_size * kv_token_bytes(shape),
+    )  # fmt: skip
+    print(f"{model} on {hardware.name}: nothing was measured; steps are right within a factor of {UNCERTAINTY}.")
+    return {"snapshots": {model: json.loads(snapshot.to_json())}, "uncertainty_factor": UNCERTAINTY}
 
 
 def load(folder: Path, model_config: Path | None) -> list[MeasuredModel]:

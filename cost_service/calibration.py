@@ -7,7 +7,6 @@ fitted; `residual` says whether what was learned by size was used or left out.
 """
 
 import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from cost_service.engine_step import EngineBatch, EngineStep
 from cost_service.evaluate import Judged
 from cost_service.learner import CostLearner
-from cost_service.model_shape import ModelShape
+from cost_service.model_shape import ModelShape, read_config
 from cost_service.samples import Sample, StepSample
 from cost_service.snapshot import CostSnapshot
 
@@ -93,11 +92,7 @@ def fitted_step(folder: Path, steps: Sequence[StepSample] | None = None) -> Engi
         ValueError: A file is missing or damaged.
     """
     steps = read_steps(folder) if steps is None else steps
-    try:
-        config = json.loads(_content(folder, CONFIG))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is no model's config ({error}): calibrate again.") from None
-    shape = ModelShape.from_config(config, source=f"{folder / CONFIG}")
+    shape = ModelShape.from_config(read_config(folder / CONFIG), source=f"{folder / CONFIG}")
     start = CostSnapshot.from_json(_content(folder, START))
     batches = [EngineBatch(step.num_decodes, step.decode_tokens, step.prefills) for step in steps]
     return EngineStep.fit(

@@ -9,6 +9,7 @@ It is fitted to steps that an engine was seen to take (a calibration), to steps 
 (`cost_service.step_time`), or not at all: with a datasheet's rates (`cost_service.datasheet`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.linear_model import Ridge
 
+from cost_service.hardware import UNCERTAINTY, Hardware
 from cost_service.hats import hats
 from cost_service.model_shape import ModelShape
 from cost_service.operator_time import UNMEASURED
@@ -26,6 +28,7 @@ from cost_service.operators import (
     COLLECTIVE,
     HALF,
     MATMUL,
+    STREAM,
     Batch,
     Precision,
     attention_work,
@@ -118,12 +121,39 @@ class EngineStep:
     """Step times of one model on one kind of replica."""
 
     def __init__(
-        self, shape: ModelShape, rates: EngineRates, *, parallelism: int = 1, precision: Precision = HALF
+        self,
+        shape: ModelShape,
+        rates: EngineRates,
+        *,
+        parallelism: int = 1,
+        precision: Precision = HALF,
+        collectives: bool = True,
     ) -> None:
-        """Begin with rates alone; `fit` learns them."""
+        """Begin with rates alone; `fit` learns them.
+
+        Args:
+            collectives: Whether what ranks send each other counts; profilers of one rank do not see it.
+        """
+        self._collectives = collectives
         self.shape, self.rates, self.parallelism, self.precision = shape, rates, parallelism, precision
         self.residual = Residual(HatsRidge)
         self._dense_s = lru_cache(maxsize=1 << 16)(self._dense_seconds)
+
+    @classmethod
+    def cold(cls, shape: ModelShape, hardware: Hardware, *, parallelism: int = 1, collectives: bool = True) -> Self:
+        """Step times of hardware that nothing was measured on, with the uncertainty of that in every interval."""
+        operators = dense_operators(shape, parallelism=parallelism)
+        launches = sum(one.calls for one in operators) + shape.num_layers
+        streamed = sum(one.calls * one.row_bytes for one in operators if one.family == STREAM)
+        rates = EngineRates(
+            fixed_s=hardware.launch_s * launches, sequence_s=0.0, token_s=streamed / hardware.bytes_per_s,
+            flops_per_s=hardware.flops_per_s,
+            bytes_per_s=hardware.bytes_per_s, attention_flops_per_s=hardware.attention_flops_per_s,
+            kv_bytes_per_s=hardware.kv_bytes_per_s, norm=3.0,
+        )  # fmt: skip
+        step = cls(shape, rates, parallelism=parallelism, collectives=collectives)
+        step.residual.log_errors = (-math.log(UNCERTAINTY), math.log(UNCERTAINTY))
+        return step
 
     @classmethod
     def fit(
@@ -216,7 +246,7 @@ class EngineStep:
             if one.family == MATMUL:
                 flops[one.per_sequence] += one.calls * one.flops(rows)
                 moved[one.per_sequence] += one.calls * one.bytes_moved(rows)
-            elif one.family == COLLECTIVE:
+            elif one.family == COLLECTIVE and self._collectives:
                 links_s += one.calls * UNMEASURED[COLLECTIVE].seconds(np.zeros(len(rows)), one.bytes_moved(rows))
         nothing = np.zeros(len(tokens))
         return _Work(

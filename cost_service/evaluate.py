@@ -13,12 +13,15 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_service.attention_time import AttentionTime
+from cost_service.engine_step import EngineBatch, EngineStep
+from cost_service.hardware import HARDWARE, known_hardware
 from cost_service.holdout import ATTENTION_LONG, ATTENTION_RANDOM, DENSE_EVERY_THIRD, held_out
 from cost_service.operator_time import OperatorTime
 from cost_service.operators import Operator, dense_operators
@@ -119,6 +122,32 @@ def transfer(fitted: Sequence[MeasuredModel], judged: Sequence[MeasuredModel]) -
     return {name: _joined(rows) for name, rows in parts.items() if rows}
 
 
+def cold(judged: Sequence[MeasuredModel]) -> dict[str, Judged]:
+    """Judge whole steps by what the datasheet of their GPU says.
+
+    Raises:
+        ValueError: The datasheet of a GPU is not known, or no profile has whole steps.
+    """
+    parts = []
+    for each in judged:
+        hardware = known_hardware(each.profile.hardware)
+        if hardware is None:
+            raise ValueError(f"{each.profile.hardware} has no datasheet here: known are {', '.join(HARDWARE)}.")
+        rows, measured_s = each.profile.attention, _measured_steps(each)
+        if rows is None or measured_s is None:
+            continue
+        step = EngineStep.cold(each.shape, hardware, parallelism=each.profile.parallelism, collectives=False)
+        columns = (rows.prefill_tokens, rows.cached_tokens, rows.num_decodes, rows.decode_tokens)
+        batches = [
+            EngineBatch(int(decodes), decodes * context, ((int(cached), int(new)),) if new else ())
+            for new, cached, decodes, context in zip(*columns, strict=True)
+        ]
+        parts.append((step.estimate(batches), measured_s))
+    if not parts:
+        raise ValueError("No profile has attention and all operators of its model: profile them to judge whole steps.")
+    return {"step_time_cold": _joined(parts)}
+
+
 def attention_columns(rows: AttentionRows) -> dict[str, Array]:
     """What an expression may name of attention rows."""
     return {
@@ -175,11 +204,26 @@ def _dense_split(models: Sequence[MeasuredModel], expression: str) -> Judged | N
 
 def _steps(model: StepTime, judged: MeasuredModel) -> tuple[Estimate, Array] | None:
     """Predicted and measured steps, one for each measured row of attention; None where operators were not measured."""
+    rows, measured_s = judged.profile.attention, _measured_steps(judged)
+    if rows is None or measured_s is None:
+        return None
+    of_layer = model.attention.predict(judged.attention_shape, attention_grid(rows))
+    of_layers = of_layer.map(partial(np.multiply, judged.shape.num_layers))
+    return Estimate.total([_dense_at(model, judged, *_rows(rows)), of_layers]), measured_s
+
+
+def _rows(rows: AttentionRows) -> tuple[Array, Array]:
+    """Tokens and requests of the measured steps."""
+    return rows.prefill_tokens + rows.num_decodes, (rows.prefill_tokens > 0) + rows.num_decodes
+
+
+def _measured_steps(judged: MeasuredModel) -> Array | None:
+    """Sums of measured operators, one for each measured row of attention; None where operators were not measured."""
     profile, shape = judged.profile, judged.shape
     rows = profile.attention
     if rows is None:
         return None
-    tokens, sequences = rows.prefill_tokens + rows.num_decodes, (rows.prefill_tokens > 0) + rows.num_decodes
+    tokens, sequences = _rows(rows)
     own = dense_operators(shape, parallelism=profile.parallelism)
     missing = sorted({one.name for one in own} - set(profile.operators) - {"all_reduce"})
     if missing:
@@ -190,10 +234,8 @@ def _steps(model: StepTime, judged: MeasuredModel) -> tuple[Estimate, Array] | N
         for one in own
         if one.name in profile.operators
     )
-    measured_s = measured_s + shape.num_layers * rows.seconds
-    of_layer = model.attention.predict(judged.attention_shape, attention_grid(rows))
-    of_layers = of_layer.map(lambda seconds: shape.num_layers * seconds)
-    return Estimate.total([_dense_at(model, judged, tokens, sequences), of_layers]), measured_s
+    total: Array = measured_s + shape.num_layers * rows.seconds
+    return total
 
 
 def _dense_at(model: StepTime, judged: MeasuredModel, tokens: Array, sequences: Array) -> Estimate:

@@ -7,7 +7,8 @@ learned as if an engine had measured them (`cost_service.learner`), the analytic
 import itertools
 from collections.abc import Sequence
 
-from cost_service.analytic import HARDWARE, analytic_snapshot
+from cost_service.analytic import analytic_snapshot
+from cost_service.hardware import UNKNOWN, known_hardware
 from cost_service.kv_memory import kv_token_bytes
 from cost_service.learner import CostLearner
 from cost_service.model_shape import ModelShape
@@ -26,7 +27,7 @@ DECODE_CONTEXT = 1024
 def snapshot_of(model: MeasuredModel, times: StepTime, *, block_size: int) -> CostSnapshot:
     """Return version 1 of the costs of the profile's model on its GPU."""
     profile = model.profile
-    hardware = HARDWARE.get(profile.hardware, HARDWARE["A100"])  # copies are not in these profiles: a datasheet's
+    hardware = known_hardware(profile.hardware) or UNKNOWN  # copies are not in these profiles: a datasheet's
     start = analytic_snapshot(
         model.shape, hardware, model=profile.model, parallelism=profile.parallelism, block_size=block_size,
         block_bytes=block_size * kv_token_bytes(model.shape, parallelism=profile.parallelism),

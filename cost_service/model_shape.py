@@ -5,10 +5,12 @@ MLPs, mixtures of experts with shared experts and dense first layers, normalised
 not among `KNOWN` is read as the generic form (gated MLP, full attention, from the fields that are there), with a warning.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 logger = logging.getLogger(__name__)
@@ -259,3 +261,20 @@ class _Fields:
         listed = layer in (self._config.get("mlp_only_layers") or [])
         skipped = (layer + 1) % (self.count("decoder_sparse_step") or 1) != 0
         return listed or skipped or layer < self.count("first_k_dense_replace")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model's `config.json`.
+
+    Raises:
+        ValueError: There is none, or it is no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give a model's config.json.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, as Hugging Face writes it.")
+    return config

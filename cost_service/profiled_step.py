@@ -6,6 +6,7 @@ of `cost_service.step_time` once. What decodes add beside prefills is another ta
 that of decodes beside one prefill of typical size.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -154,14 +155,12 @@ class Grid:
     def sum_along(self, row: float, first: float, num: int) -> float:
         """Sum of the values at columns first, first + 1, ..., so many: between knots they lie on a line."""
         last = first + num - 1
-        inner = [knot for knot in self._columns[1:-1] if first < knot < last]
+        ends = [math.floor(knot - first) + 1 for knot in self._columns[1:-1] if first < knot < last]
         total, done = 0.0, 0
-        for end in (*inner, last):
-            count = int(np.floor(end - first)) + 1 - done  # those up to this knot
-            if count > 0:
-                begin = first + done
-                total += count * (self.at(row, begin) + self.at(row, begin + count - 1)) / 2
-                done += count
+        for end in (*ends, num):  # as many lie before the next knot
+            if end > done:
+                total += (end - done) * (self.at(row, first + done) + self.at(row, first + end - 1)) / 2
+                done = end
         assert done == num, f"{done} of {num} steps were added up"
         return total
 

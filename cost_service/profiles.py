@@ -13,7 +13,6 @@ that nobody needs are ignored; operators that no model has are named in a warnin
 """
 
 import csv
-import json
 import logging
 import re
 from collections import defaultdict
@@ -25,6 +24,8 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+
+from cost_service.model_shape import read_config
 
 Array = NDArray[np.float64]
 
@@ -314,13 +315,7 @@ def _config(folder: Path, root: Path, model_config: Path | None) -> tuple[Path, 
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has no config.json of its model, nor a folder above it: give --model-config.")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, as Hugging Face writes it.")
-    return path, config
+    return path, read_config(path)
 
 
 def _upwards(folder: Path, root: Path) -> Iterator[Path]:

@@ -7,7 +7,8 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from cost_service.analytic import HARDWARE, Hardware, analytic_snapshot
+from cost_service.analytic import analytic_snapshot
+from cost_service.hardware import CPU, UNKNOWN, Hardware, known_hardware
 from cost_service.model_shape import SEVEN_BILLION, ModelShape
 from cost_service.snapshot import CostSnapshot
 from replicas.config import SwapConfig
@@ -96,9 +97,11 @@ def _analytic(vllm_config: Any, block_bytes: int) -> CostSnapshot:
 
 
 def hardware_of_this_host() -> Hardware:
-    """Rates of the device that vLLM runs on; those of the slowest known GPU for one that is not known."""
+    """Rates of the device that vLLM runs on; those of the slowest known GPU, said in the log, for one that is not known."""
     if current_platform.is_cpu():
-        return HARDWARE["cpu"]
+        return CPU
     name = current_platform.get_device_name()
-    known = [hardware for key, hardware in HARDWARE.items() if key in name]
-    return known[0] if known else HARDWARE["A100"]
+    if (known := known_hardware(name)) is not None:
+        return known
+    logger.warning("%s has no datasheet here: starting with the costs of the slowest known GPU, and learning.", name)
+    return replace(UNKNOWN, name=name)

@@ -103,7 +103,7 @@ def test_the_commands_read_it(folder: Path, capsys: pytest.CaptureFixture[str]) 
     [
         ("samples.jsonl", '{"type":"copy"}\n', "Line 1 of .*samples.jsonl is none of a calibration"),
         ("steps.jsonl", '{"seconds":1.0}\n', "Line 1 of .*steps.jsonl is none of a calibration"),
-        ("config.json", '{"hidden_size":', "config.json is no model's config"),
+        ("config.json", '{"hidden_size":', "config.json must be JSON"),
         ("config.json", "{}", "config.json"),
         ("start.json", "{}", "must be the JSON object that the cost service writes"),
         ("preemptions.csv", "round,action\n1,swap\n", "Line 2 of .*preemptions.csv is no preemption"),
