@@ -14,6 +14,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cost_service.snapshot import read_fitted
+
 IMPORT_PATH = "cluster.app:build"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HOME_VARIABLE = "ADAPTIVELLM_HOME"
@@ -106,12 +108,23 @@ class PreemptionArgs(_Settings):
     verify_checksums: bool = False
     """Whether a block is loaded only if its bytes in host memory are still those that were saved (CPU replicas only)."""
 
+    costs_file: str | None = None
+    """What `python -m cost_service fit` wrote for this model and hardware, to start with; None: what a datasheet says. It is
+    read where the application is built."""
+
     decision_log_folder: str | None = None
     """Folder on the replica's host for a log of every decision on preemption; None: no log."""
 
     def connector_settings(self) -> dict[str, Any]:
-        """What the engine's connector and scheduler read (`replicas.config.SwapConfig`)."""
-        return {"preemption" if key == "policy" else key: value for key, value in self.model_dump().items()}
+        """What the engine's connector and scheduler read (`replicas.config.SwapConfig`).
+
+        Raises:
+            ValueError: `costs_file` cannot be read, or holds no costs, or those of several models.
+        """
+        settings = self.model_dump(exclude={"policy", "costs_file"}) | {"preemption": self.policy}
+        if self.costs_file is not None:
+            settings["cost_snapshot"] = read_fitted(Path(self.costs_file).expanduser()).to_json()
+        return settings
 
 
 class IngressArgs(_Settings):

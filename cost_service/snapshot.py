@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 SCHEMA = 3
@@ -129,6 +130,24 @@ class CostSnapshot:
         """Whether the snapshot was made for such a replica."""
         mine = (self.model, self.hardware, self.parallelism, self.block_size)
         return mine == (model, hardware, parallelism, block_size)
+
+
+def read_fitted(path: Path) -> CostSnapshot:
+    """Read the one snapshot in a file that `python -m cost_service fit` wrote.
+
+    Raises:
+        ValueError: The file cannot be read, is none of that kind, or holds the costs of several models.
+    """
+    try:
+        document = json.loads(path.read_text())
+        (record,) = document["snapshots"].values()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): fit the costs again.") from None
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path} must hold the costs of one model: write it with python -m cost_service fit."
+        ) from None
+    return CostSnapshot.from_json(json.dumps(record))
 
 
 def _knots(name: str, values: object) -> tuple[float, ...]:

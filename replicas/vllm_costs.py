@@ -75,7 +75,8 @@ def _configured(vllm_config: Any, config: SwapConfig | None) -> CostSnapshot | N
             "costs.", costs.block_size, block_size,
         )  # fmt: skip
         return None
-    return costs
+    # Costs are exchanged with others of the engine's own name, whatever the model was called when they were measured.
+    return replace(costs, model=str(vllm_config.model_config.served_model_name))
 
 
 def _analytic(vllm_config: Any, block_bytes: int) -> CostSnapshot:

@@ -3,6 +3,7 @@
 Method: the smallest right file, one mistake at a time, and junk from hypothesis that must never raise anything else.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cluster.config import AppArgs, ServeFile, default_home, load
+from cost_service.snapshot import CostSnapshot
+from tests.test_cost_service_learner import TRUTH
 
 MIB = 1 << 20
 
@@ -160,6 +163,35 @@ def test_the_folder_is_the_configured_one_else_the_environments_else_the_users(m
 
 
 # Files
+
+
+def settings_with(costs_file: Path) -> dict[str, Any]:
+    args = AppArgs.from_mapping(
+        {"replicas": {"kv_cache_bytes": 64 * MIB}, "preemption": {"policy": "swap", "costs_file": str(costs_file)}}
+    )
+    return args.preemption.connector_settings()
+
+
+def test_costs_that_were_fitted_go_to_the_engine(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"snapshots": {"m": json.loads(TRUTH.to_json())}}))
+    settings = settings_with(path)
+    assert CostSnapshot.from_json(settings["cost_snapshot"]) == TRUTH
+    assert settings["preemption"] == "swap"
+    assert "costs_file" not in settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("{", "the costs of one model"), ('{"snapshots": {}}', "the costs of one model"),
+     ('{"snapshots": {"a": {}, "b": {}}}', "the costs of one model"),
+     ('{"snapshots": {"a": {}}}', "must be the JSON object")],
+)  # fmt: skip
+def test_a_file_of_costs_that_is_none_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "costs.json"
+    if text is not None:
+        path.write_text(text)
+    assert message in sentence(settings_with, path)
 
 
 def test_a_file_gives_its_settings_and_its_address(tmp_path: Path) -> None:

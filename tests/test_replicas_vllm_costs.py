@@ -28,8 +28,9 @@ def costs_told(model: Path, **settings: Any) -> CostSnapshot:
     return costs
 
 
-def test_the_snapshot_that_is_told_is_used(tiny_model: Path) -> None:
-    assert costs_told(tiny_model, cost_snapshot=COSTS.to_json()) == COSTS
+def test_the_snapshot_that_is_told_is_used_under_the_engines_own_name(tiny_model: Path) -> None:
+    costs = costs_told(tiny_model, cost_snapshot=replace(COSTS, model="as it was calibrated").to_json())
+    assert costs == replace(COSTS, model=costs_told(tiny_model).model)
 
 
 @pytest.mark.parametrize(
