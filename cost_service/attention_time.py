@@ -159,7 +159,10 @@ class AttentionTime:
         features = [self._features(shape, work) for shape, work, _ in samples]
         bases = [self.base_s(shape, work) for shape, work, _ in samples]
         empty = (np.zeros((0, 1)), np.zeros(0))
-        self.residual.fit(*((np.concatenate(features), np.concatenate(bases)) if samples else empty), measured_s)
+        sizes = np.concatenate([_longest(work) for _, work, _ in samples]) if samples else None
+        self.residual.fit(
+            *((np.concatenate(features), np.concatenate(bases)) if samples else empty), measured_s, sizes=sizes
+        )
 
     def base_s(self, shape: AttentionShape, work: AttentionWork) -> Array:
         """Seconds by the physical base alone."""
@@ -168,7 +171,7 @@ class AttentionTime:
 
     def predict(self, shape: AttentionShape, work: AttentionWork) -> Estimate:
         """Seconds of one layer, per row."""
-        return self.residual.estimate(self._features(shape, work), self.base_s(shape, work))
+        return self.residual.estimate(self._features(shape, work), self.base_s(shape, work), sizes=_longest(work))
 
     def _features(self, shape: AttentionShape, work: AttentionWork) -> Array:
         blocks, walked, longest, _ = _columns(shape, work)
@@ -190,11 +193,17 @@ def _alone(work: AttentionWork) -> NDArray[np.bool_]:
     return work.prefill_tokens == 0
 
 
+def _longest(work: AttentionWork) -> Array:
+    """KV tokens of the longest walk."""
+    longest: Array = np.maximum(work.prefill_longest, work.decode_longest)
+    return longest
+
+
 def _columns(shape: AttentionShape, work: AttentionWork) -> tuple[Array, Array, Array, Array]:
     """Thread blocks, tokens walked in all, longest walk, bytes read."""
     decode_heads = np.where(_alone(work), shape.num_kv_heads, shape.num_heads)
     blocks = shape.num_heads * work.prefill_tiles + decode_heads * work.num_decodes
     walked = shape.num_heads * work.prefill_walked + decode_heads * work.decode_walked
-    longest = np.maximum(work.prefill_longest, work.decode_longest)
+    longest = _longest(work)
     kv_bytes = 2 * shape.num_kv_heads * shape.head_size * shape.kv_element_bytes
     return blocks, walked, longest, kv_bytes * (work.prefill_kv_tokens + work.decode_walked)

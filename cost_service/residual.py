@@ -3,8 +3,9 @@
 Rules:
 - Learned is the logarithm of measured / base, on features that keep their meaning beyond the fitted range (ratios, counts
   of waves) rather than on sizes: trees do not extrapolate, a base does.
-- The interval is that of errors on rows that were left out of the fit, so it holds for rows like those; it widens with
-  every unit by which a feature lies beyond the fitted range (features are logarithms to base 2: a doubling).
+- The interval is that of errors on rows that were left out of the fit, so it holds for rows like those. It widens with
+  every unit by which a feature lies beyond the fitted range (features are logarithms to base 2: a doubling), and with
+  every doubling of a size that is named beyond the largest one: by what leaving the largest ones out has shown.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,8 +82,15 @@ class Residual:
         self.log_errors = (0.0, 0.0)
         """Quantiles of log(measured / predicted) on rows left out."""
 
-    def fit(self, features: Array, base_s: Array, measured_s: Array) -> None:
+        self._largest = np.inf
+        self._log_errors_beyond = (0.0, 0.0)
+        """The same on rows twice as large as any that was fitted."""
+
+    def fit(self, features: Array, base_s: Array, measured_s: Array, *, sizes: Array | None = None) -> None:
         """Learn from rows of shape (rows, features) with the base's and the measured seconds of each.
+
+        Args:
+            sizes: Of each row, what later rows may have more of than any that is fitted.
 
         Raises:
             ValueError: No rows, or seconds that are not finite and above 0.
@@ -101,7 +109,13 @@ class Residual:
             folds = KFold(NUM_FOLDS, shuffle=True, random_state=0)
             errors = target - cross_val_predict(self._new(), features, target, cv=folds)
             self._fitted = self._new().fit(features, target)
-        self.log_errors = (float(np.quantile(errors, QUANTILES[0])), float(np.quantile(errors, QUANTILES[1])))
+        self.log_errors = self._log_errors_beyond = _quantiles(errors)
+        if sizes is not None:
+            self._largest = float(sizes.max())
+            large = sizes > self._largest / 2
+            if min(large.sum(), (~large).sum()) >= FEWEST_ROWS:
+                smaller = self._new().fit(features[~large], target[~large])
+                self._log_errors_beyond = _quantiles(target[large] - smaller.predict(features[large]))
 
     def factor(self, features: Array) -> Array:
         """Factors for rows of features."""
@@ -110,13 +124,19 @@ class Residual:
         factors: Array = np.exp(self._fitted.predict(features))
         return factors
 
-    def estimate(self, features: Array, base_s: Array) -> Estimate:
-        """Seconds for rows of features, with their interval."""
+    def estimate(self, features: Array, base_s: Array, *, sizes: Array | None = None) -> Estimate:
+        """Seconds for rows of features, with their interval; `sizes` as in `fit`."""
         seconds = base_s * self.factor(features)
-        low, high = self.log_errors
+        doublings = np.zeros(len(features)) if sizes is None else np.log2(np.maximum(sizes / self._largest, 1.0))
+        low, high = (
+            within + doublings * (beyond - within)
+            for within, beyond in (
+                (min(self.log_errors[0], 0.0), min(*self.log_errors, *self._log_errors_beyond, 0.0)),
+                (max(self.log_errors[1], 0.0), max(*self.log_errors, *self._log_errors_beyond, 0.0)),
+            )
+        )
         wider = WIDENING * self._beyond(features)
-        low_s, high_s = seconds * np.exp(min(low, 0.0) - wider), seconds * np.exp(max(high, 0.0) + wider)
-        return Estimate(seconds=seconds, low_s=low_s, high_s=high_s)
+        return Estimate(seconds=seconds, low_s=seconds * np.exp(low - wider), high_s=seconds * np.exp(high + wider))
 
     def _beyond(self, features: Array) -> Array:
         """How far the features of each row lie beyond those of the fit, the farthest one."""
@@ -125,3 +145,7 @@ class Residual:
         least, most = self._range
         beyond: Array = np.maximum(np.maximum(least - features, features - most).max(axis=1), 0.0)
         return beyond
+
+
+def _quantiles(errors: Array) -> tuple[float, float]:
+    return float(np.quantile(errors, QUANTILES[0])), float(np.quantile(errors, QUANTILES[1]))
