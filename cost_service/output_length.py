@@ -173,7 +173,9 @@ class OutputLength:
     def own_quantiles(self, tenant: str, max_tokens: int | None = None, *, kind: str = "") -> Quantiles:
         """Quantiles of the tenant's requests alone (of everybody's while it has none): what `predict` is to beat."""
         known = self._tenants.get(_key(tenant, kind))
-        return _allowed(quantiles_of(known.history.rising) if known and len(known.history) else self._of_everybody(), max_tokens)
+        return _allowed(
+            quantiles_of(known.history.rising) if known and len(known.history) else self._of_everybody(), max_tokens
+        )
 
     def observe(
         self, tenant: str, prompt_tokens: int, output_tokens: int, *, kind: str = "", cut: bool = False

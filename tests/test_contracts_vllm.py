@@ -194,7 +194,7 @@ ATTRIBUTES = [
         "num_tokens_with_spec num_output_placeholders max_tokens num_preemptions sampling_params",
         "replicas/vllm_memory.py",
     ),
-    ("vllm:SamplingParams", "extra_args", "replicas/vllm_memory.py (tenant_of)"),
+    ("vllm:SamplingParams", "extra_args", "replicas/vllm_memory.py (stamp_of)"),
     ("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator", "replicas/vllm_memory.py"),
     ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", "single_type_managers", "replicas/vllm_memory.py"),
     ("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", "req_to_blocks", "replicas/vllm_memory.py"),
