@@ -12,10 +12,9 @@ Rules:
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -26,7 +25,6 @@ from cost_service.service import Store
 logger = logging.getLogger(__name__)
 
 COLLECTION, NAME = "output_lengths", "all"
-SCHEMA = 1
 LOG, MAX_NEWS = 4096, 512
 """Requests that are kept for other ingresses, and that one of them is told at once."""
 
@@ -38,6 +36,16 @@ SAVE_INTERVAL_S = 10.0
 
 WINDOW = 1000
 """Requests over which quality is averaged, exponentially."""
+
+
+class _Stored(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The document in the store."""
+
+    schema: Literal[1]
+    newest: Annotated[int, msgspec.Meta(ge=0)]
+    numbers: list[tuple[str, int]]
+    model: dict[str, Any]
+
 
 _reports = msgspec.json.Decoder(LengthReport)
 
@@ -114,14 +122,11 @@ class LengthService:
         """Store what was learned since the last call; return whether it is."""
         if self._newest == self._saved:
             return False
-        document = {
-            "schema": SCHEMA,
-            "newest": self._newest,
-            "numbers": list(map(list, self._numbers.items())),
-            "model": self._model.to_document(),
-        }
+        stored = _Stored(
+            schema=1, newest=self._newest, numbers=list(self._numbers.items()), model=self._model.to_document()
+        )
         try:
-            self._store.save(COLLECTION, NAME, document)
+            self._store.save(COLLECTION, NAME, msgspec.to_builtins(stored))
         except OSError as error:
             logger.warning("Output lengths are not stored: %s", error)
             return False
@@ -161,15 +166,10 @@ class LengthService:
         return LengthNews(newest=self._newest, finished=tuple(others)[::-1])
 
     def _restore(self, document: Any) -> None:
-        if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
-            raise ValueError(f"The document must have schema {SCHEMA}.")
-        try:
-            newest = msgspec.convert(document["newest"], int)
-            numbers = msgspec.convert(document["numbers"], list[tuple[str, int]])
-            model = OutputLength.from_document(msgspec.convert(document["model"], dict[str, Any]))
-        except KeyError as error:
-            raise ValueError(f"The document has no {error}.") from None
-        self._model, self._newest, self._saved, self._numbers = model, newest, newest, OrderedDict(numbers)
+        stored = msgspec.convert(document, _Stored)
+        self._model = OutputLength.from_document(stored.model)
+        self._newest = self._saved = stored.newest
+        self._numbers = OrderedDict(stored.numbers)
 
 
 def learn(model: OutputLength, request: FinishedRequest) -> None:

@@ -17,7 +17,7 @@ that, and the prediction was wrong): n - u. Never less than 1, nor more than its
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 TENANT, OUTPUT_TOKENS = "adaptivellm_tenant", "adaptivellm_output_tokens"
 MAX_OUTPUT_TOKENS = 1 << 31
@@ -41,14 +41,31 @@ def tenant_in(extra_args: Mapping[str, Any]) -> str:
     return str(extra_args.get(TENANT, ""))
 
 
-def remaining_tokens(extra_args: Mapping[str, Any], *, num_output_tokens: int, max_tokens: int) -> int:
-    """Output tokens that are predicted to be still to come at most; without a stamp all that the limit leaves."""
-    limit = max(1, max_tokens - num_output_tokens)
-    match extra_args.get(OUTPUT_TOKENS):
-        case [int(median), int(upper)] if 1 <= median <= upper < MAX_OUTPUT_TOKENS:
-            more = 1.0 + MORE_AT_MEDIAN * min(1.0, num_output_tokens / median)
-            end = max(median, num_output_tokens) + (upper - median) * more
-            left = max(end - num_output_tokens, num_output_tokens - upper, 1)
-            return min(math.ceil(left), limit)
-        case _:
-            return limit
+def remaining_tokens(extra_args: Mapping[str, Any], num_output_tokens: int, max_tokens: int) -> int:
+    """Output tokens that are predicted to be still to come at most; without a stamp all that the limit leaves.
+
+    For hundreds of requests in a step: comparisons instead of `min` and `max`, which take three times as long.
+    """
+    limit = max_tokens - num_output_tokens if max_tokens > num_output_tokens else 1
+    stamp = extra_args.get(OUTPUT_TOKENS)
+    if not _is_prediction(stamp):
+        return limit
+    median, upper = stamp
+    if num_output_tokens < median:
+        left = median + (upper - median) * (1.0 + MORE_AT_MEDIAN * num_output_tokens / median) - num_output_tokens
+    else:
+        left = (upper - median) * (1.0 + MORE_AT_MEDIAN)
+    if left < num_output_tokens - upper:
+        left = num_output_tokens - upper
+    if left >= limit:
+        return limit
+    return math.ceil(left) if left > 1.0 else 1
+
+
+def _is_prediction(stamp: Any) -> TypeGuard[list[int]]:
+    return (
+        type(stamp) is list
+        and len(stamp) == 2
+        and type(stamp[0]) is type(stamp[1]) is int
+        and 1 <= stamp[0] <= stamp[1] < MAX_OUTPUT_TOKENS
+    )

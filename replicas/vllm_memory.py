@@ -94,9 +94,7 @@ class MemoryView:
             ),
             num_host_blocks=host.num_retained_blocks(request.request_id) if host else 0,
             num_host_slots=host.num_available_slots(tenant, request.request_id) if host else 0,
-            num_remaining_tokens=remaining_tokens(
-                stamp, num_output_tokens=request.num_output_tokens, max_tokens=request.max_tokens
-            ),
+            num_remaining_tokens=remaining_tokens(stamp, request.num_output_tokens, request.max_tokens),
             num_preemptions=request.num_preemptions,
             # A resumable session's tokens may be replaced, so that its blocks in host memory would be another text's.
             can_load=not request.skip_reading_prefix_cache and not request.resumable,
