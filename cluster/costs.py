@@ -1,4 +1,8 @@
-"""`python -m cluster costs`: what the cost service of a running application has learned, and what it predicts."""
+"""`python -m cluster costs`: what the cost service of a running application has learned, and what it predicts.
+
+Costs of each kind of replica, and how well output lengths are predicted (metrics `adaptivellm_output_length_coverage` and
+`adaptivellm_output_length_loss_ratio` say the latter of each ingress).
+"""
 
 import argparse
 import json

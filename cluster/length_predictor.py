@@ -141,14 +141,15 @@ def _prompt_tokens(checked: Mapping[str, Any]) -> tuple[int, int]:
     prompt = checked["prompt"]
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     prompts = [prompt] if is_one else prompt
-    return len(prompts), sum(map(_text_tokens, prompts)) // len(prompts)
+    sizes = [_text_tokens(one) if isinstance(one, str) else len(one) for one in prompts]
+    return len(prompts), sum(sizes) // len(sizes)
 
 
-def _text_tokens(text: Any) -> int:
-    """Of a text, of a message's text parts, or of token ids."""
+def _text_tokens(text: str | list[dict[str, str]]) -> int:
+    """Of a text, or of a message's text parts."""
     if isinstance(text, str):
         return -(-(len(text) if text.isascii() else len(text.encode())) // BYTES_PER_TOKEN)
-    return sum(_text_tokens(part["text"]) if isinstance(part, Mapping) else 1 for part in text)
+    return sum(_text_tokens(part["text"]) for part in text)
 
 
 def _loss(quantiles: Quantiles, length: int) -> float:
