@@ -422,8 +422,8 @@ COMPLETION_PROTOCOL = "vllm.entrypoints.openai.completion.protocol"
 @pytest.mark.parametrize(
     ("path", "prompt"),
     [
-        (f"{CHAT_PROTOCOL}:ChatCompletionRequest", {"messages": [{"role": "user", "content": "x"}]}),
-        (f"{COMPLETION_PROTOCOL}:CompletionRequest", {"prompt": "x"}),
+        ("cluster.ray_internals:ChatCompletionRequest", {"messages": [{"role": "user", "content": "x"}]}),
+        ("cluster.ray_internals:CompletionRequest", {"prompt": "x"}),
     ],
 )
 def test_a_stamp_travels_from_the_api_to_the_engines_decision(path: str, prompt: dict[str, Any]) -> None:
