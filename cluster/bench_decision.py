@@ -22,6 +22,7 @@ from cost_service.model_shape import SEVEN_BILLION
 from replicas.host_pool import HostBlockPool
 from replicas.preemption import AdaptivePolicy
 from replicas.preemption_cost import Candidate, CandidateTable, Pressure
+from replicas.request_stamp import make_stamp
 
 BLOCK_SIZE, ROUNDS = 16, 300
 
@@ -107,7 +108,7 @@ def views(num_requests: int, num_tokens: int) -> tuple[Any, list[Any], HostBlock
         kv_cache_manager=SimpleNamespace(block_pool=pool, coordinator=managers),
         block_size=BLOCK_SIZE, max_num_scheduled_tokens=8192, max_num_running_reqs=num_requests, num_lookahead_tokens=0,
     )  # fmt: skip
-    params = SamplingParams(max_tokens=64, extra_args={"adaptivellm_tenant": "t"})
+    params = SamplingParams(max_tokens=64, extra_args=make_stamp(tenant="t", median_tokens=20, upper_tokens=50))
     requests = [Request(name, [3] * num_tokens, params, None) for name in blocks]
     for request in requests:
         request.num_computed_tokens = num_tokens

@@ -1,4 +1,8 @@
-"""`python -m cluster costs`: what the cost service of a running application has learned, and what it predicts."""
+"""`python -m cluster costs`: what the cost service of a running application has learned, and what it predicts.
+
+Costs of each kind of replica, and how well output lengths are predicted (metrics `adaptivellm_output_length_coverage` and
+`adaptivellm_output_length_loss_ratio` say the latter of each ingress).
+"""
 
 import argparse
 import json
@@ -27,6 +31,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         with connected(options.address):
             kinds = ask_cost_service("status")
+            lengths = ask_cost_service("lengths_status")
             for kind in kinds if options.tokens else []:
                 name = (kind["model"], kind["hardware"], kind["parallelism"], kind["block_size"])
                 blocks = -(-options.tokens // kind["block_size"])
@@ -35,9 +40,9 @@ def main(options: argparse.Namespace) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     if options.json is None:
-        print(table(kinds))
+        print(table(kinds) + "\n\n" + lengths_line(lengths))
     else:
-        text = json.dumps({"kinds": kinds}, indent=2)
+        text = json.dumps({"kinds": kinds, "output_lengths": lengths}, indent=2)
         print(text) if str(options.json) == "-" else options.json.write_text(text + "\n")
     return 0
 
@@ -59,3 +64,14 @@ def table(kinds: list[dict[str, Any]]) -> str:
         for name, seconds in kind.get("predicted_s", {}).items():
             lines.append(f"{name:>28}: {1e3 * seconds:.3f} ms")
     return "\n".join(lines)
+
+
+def lengths_line(lengths: dict[str, Any]) -> str:
+    """Say how well output lengths are predicted (`cost_service.length_service.LengthQuality`)."""
+    told = f"output lengths: {lengths['learned']} requests learned"
+    if not lengths["judged"]:
+        return told
+    ratio = lengths["loss_ratio"]
+    against = "" if ratio is None else f", loss {ratio:.2f} of that of the tenants' own quantiles"
+    cut = lengths["cut"] / lengths["judged"]
+    return f"{told}; {lengths['coverage']:.0%} within their 0.1-0.9 interval{against}; {cut:.0%} cut at their limit"

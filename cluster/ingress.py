@@ -3,14 +3,17 @@
 Rules:
 - Everything that can be refused is refused here, before an engine sees it, in OpenAI's error shape and naming the field.
 - Of the client's request only checked body fields go further: no header, no id, nothing that reaches connector or scheduler.
+  What the scheduler is told of it is our own stamp (`replicas.request_stamp`).
 - No error text of Ray's or vLLM's leaves; no prompt and no key is logged.
 """
 
+import asyncio
 import json
 import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.llm.ingress import OpenAiIngress
 
+from cluster.answers import AnswerReader, wants_usage, with_usage
 from cluster.keys import Keyring
 from cluster.openai_errors import RequestError, invalid, model_not_found
 from cluster.ray_internals import ChatCompletionRequest, CompletionRequest, ErrorInfo, ErrorResponse
@@ -32,6 +36,7 @@ from cluster.request_checks import (
     check_headers,
     parse_body,
 )
+from cluster.serve_lengths import LengthExchange
 from cluster.state import SqliteStore
 from cost_service.cost_actor import start_cost_actor
 
@@ -70,6 +75,14 @@ class AdaptiveIngress(OpenAiIngress):
         self._keyring = Keyring(tenant_by_key_hash)
         self._max_model_len = max_model_len
         self._limits = limits
+        self._lengths = LengthExchange(max_model_len)
+        self._exchange = asyncio.create_task(self._lengths.run())
+
+    async def check_health(self) -> None:
+        """Ray's own, and that output lengths are still exchanged."""
+        if self._exchange.done():
+            self._exchange.result()  # raises what ended it
+        await super().check_health()
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
@@ -94,7 +107,7 @@ class AdaptiveIngress(OpenAiIngress):
         return await self._generate(request, check_completion, CompletionRequest, "completions")
 
     async def _generate(self, request: Request, check: Callable[..., Any], parse: Any, method: str) -> Response:
-        self._authenticate(request)
+        tenant = self._authenticate(request)
         check_content_type(request.scope["headers"])
         checked = check(
             parse_body(await _read_body(request, self._limits.max_body_bytes), self._limits),
@@ -102,12 +115,16 @@ class AdaptiveIngress(OpenAiIngress):
             max_model_len=self._max_model_len,
             limits=self._limits,
         )
+        lengths = self._lengths.predictor
+        expected = lengths.expect(tenant, checked)
+        reader = AnswerReader(wants_usage=wants_usage(checked), on_end=partial(lengths.finish, expected))
+        ours = {"request_id": uuid.uuid4().hex, "vllm_xargs": expected.stamp(), **with_usage(checked)}
         try:
-            body = parse.model_validate({**checked, "request_id": uuid.uuid4().hex})
+            body = parse.model_validate(checked | ours)
         except ValidationError as error:
             raise _invalid_field(error) from None
         try:
-            return await self._forward(body, method)
+            return await self._forward(body, method, reader)
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise _unavailable() from error
         except RayError as error:
@@ -121,7 +138,7 @@ class AdaptiveIngress(OpenAiIngress):
             self._configured_serve_handles[model_id] = handle.options(_by_reference=False)
         return self._configured_serve_handles[model_id]
 
-    async def _forward(self, body: Any, method: str) -> Response:
+    async def _forward(self, body: Any, method: str, reader: AnswerReader) -> Response:
         # Without the raw request no header reaches the engine (X-Vllm-Priority, X-data-parallel-rank, session ids).
         chunks = self._get_response(body=body, call_method=method, raw_request=None)
         first = await anext(chunks)
@@ -129,8 +146,9 @@ class AdaptiveIngress(OpenAiIngress):
         if isinstance(item, ErrorResponse):
             raise engine_refusal(item.error, PROMPT_FIELDS[method])
         if not body.stream:
+            reader.read_whole([choice.finish_reason for choice in item.choices], item.usage.completion_tokens)
             return Response(item.model_dump_json(), media_type="application/json")
-        return StreamingResponse(_stream(first, chunks, PROMPT_FIELDS[method]), media_type="text/event-stream")
+        return StreamingResponse(_stream(first, chunks, PROMPT_FIELDS[method], reader), media_type="text/event-stream")
 
     def _authenticate(self, request: Request) -> str:
         """Return the tenant. The scheme is case-insensitive, the key is not."""
@@ -194,12 +212,15 @@ def engine_refusal(error: ErrorInfo, prompt_field: str) -> RequestError:
     return invalid(named, f"{named or 'A value in the request'} is not accepted by the model.")
 
 
-async def _stream(first: Any, chunks: AsyncIterator[Any], prompt_field: str) -> AsyncIterator[str]:
+async def _stream(
+    first: Any, chunks: AsyncIterator[Any], prompt_field: str, reader: AnswerReader
+) -> AsyncIterator[str]:
     """Pass server-sent events on. A failure in mid-stream ends it with an error event and without `[DONE]`."""
     try:
-        yield _events(first, prompt_field)
+        yield _events(first, prompt_field, reader)
         async for chunk in chunks:
-            yield _events(chunk, prompt_field)
+            if events := _events(chunk, prompt_field, reader):
+                yield events
     except RequestError as error:
         yield _error_event(error)
     except RayError as error:
@@ -207,12 +228,13 @@ async def _stream(first: Any, chunks: AsyncIterator[Any], prompt_field: str) -> 
         yield _error_event(_unavailable())
 
 
-def _events(chunk: Any, prompt_field: str) -> str:
+def _events(chunk: Any, prompt_field: str, reader: AnswerReader) -> str:
+    """The client's events of a chunk."""
     items = chunk if isinstance(chunk, list) else [chunk]
     for item in items:
         if isinstance(item, ErrorResponse):
             raise engine_refusal(item.error, prompt_field)
-    return "".join(items)
+    return "".join(event for event in items if reader.read(event))
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

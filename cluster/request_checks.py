@@ -158,7 +158,7 @@ def check_chat(
     checked |= _checked_fields(body, rules)
     if checked.get("top_logprobs") and not checked.get("logprobs"):
         raise invalid("top_logprobs", "top_logprobs needs logprobs to be true.")
-    _check_combinations(body, checked, checked.get("max_completion_tokens", checked.get("max_tokens", max_model_len)))
+    _check_combinations(body, checked, max_output_tokens(checked, max_model_len))
     return checked
 
 
@@ -176,8 +176,15 @@ def check_completion(
     checked |= _checked_fields(body, rules)
     if checked.get("echo") and "logprobs" in checked:
         raise invalid("echo", "echo cannot be used together with logprobs: leave one out.", _UNSUPPORTED)
-    _check_combinations(body, checked, checked.get("max_tokens", _COMPLETION_MAX_TOKENS))
+    _check_combinations(body, checked, max_output_tokens(checked, max_model_len))
     return checked
+
+
+def max_output_tokens(checked: Mapping[str, Any], max_model_len: int) -> int:
+    """Return the most tokens that a checked request may generate; in a chat without a limit, what the context holds."""
+    if "messages" in checked:
+        return int(checked.get("max_completion_tokens", checked.get("max_tokens", max_model_len)))
+    return int(checked.get("max_tokens", _COMPLETION_MAX_TOKENS))
 
 
 def _check_depth(text: str, max_depth: int) -> None:

@@ -11,12 +11,17 @@ the mixture follows changes (fixed share: Herbster and Warmuth, "Tracking the be
 
 Rules:
 - Online: `observe` a request when it has finished; `predict` changes nothing.
-- Bounded: the newest `HISTORY` requests of at most `MAX_TENANTS` tenants; who was not observed for longest goes.
+- Of prompt lengths only the order counts: any measure that grows with them will do, the same one in both calls.
+- A request that was cut at its limit would have been longer: it is remembered as long as one of the tenant's longer ones
+  (else of everybody's, else as it is), each of them in its turn. That is Efron's redistribution to the right ("The two
+  sample problem with censored data", 1967); predictions are judged on it only up to the limit.
+- Bounded: the newest `HISTORY` requests of at most `MAX_TENANTS` tenants, `MAX_REQUESTS` of all; who was not observed for
+  longest goes.
 - No clock, no chance: the same requests in the same order give the same predictions.
 """
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +35,7 @@ FIRST_GUESS = (10.0, 150.0, 600.0)
 HISTORY, EVERYBODY = 1024, 2048
 """Requests that are remembered of a tenant, and of all together."""
 
-MAX_TENANTS = 4096
+MAX_TENANTS, MAX_REQUESTS = 4096, 1 << 18
 MAX_TOKENS = 10**9
 NEAR, NEWEST = 32, 32
 """Requests of the tenant that `near` and `newest` ask."""
@@ -47,6 +52,9 @@ RATE, COMMON_RATE, SHARE = 1.0, 0.1, 0.002
 """How fast a tenant's weights and those of all follow the losses, and what every predictor gets back of its prior."""
 
 LEAST_COMMON = -6.0
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+"""Its multiples, without their whole parts, fill the unit interval evenly from the first on."""
+
 SCHEMA = 2
 
 Quantiles = tuple[float, ...]
@@ -91,6 +99,12 @@ class History:
         """Output tokens of the newest ones."""
         return [output for _, _, output in islice(reversed(self.order), num)]
 
+    def longer(self, output_tokens: int) -> int | None:
+        """One of the lengths above, each of them in its turn; None where there is none."""
+        first = bisect_right(self.rising, output_tokens)
+        num = len(self.rising) - first
+        return self.rising[first + int(self._next * GOLDEN % 1.0 * num)] if num else None
+
     def to_pairs(self) -> list[tuple[int, int]]:
         """Prompt and output tokens, oldest first."""
         return [(prompt, output) for prompt, _, output in self.order]
@@ -130,6 +144,9 @@ class OutputLength:
     def __init__(self) -> None:
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._everybody = History(EVERYBODY)
+        self._num_requests = 0
+        """Requests that are remembered of tenants."""
+
         self._common = [[0.0] * len(PREDICTORS) for _ in QUANTILES]
         """Logarithms of what all tenants' weights are multiplied with, by quantile and predictor."""
 
@@ -151,11 +168,22 @@ class OutputLength:
         for predictions, own_weights, common in zip(by_quantile, known.weights, self._common, strict=True):
             weights = [weight * math.exp(log) for weight, log in zip(own_weights, common, strict=True)]
             mixed.append(sum(w * length for w, length in zip(weights, predictions, strict=True)) / sum(weights))
-        most = math.inf if max_tokens is None else float(max_tokens)
-        return tuple(min(max(length, 1.0), most) for length in sorted(mixed))
+        return _allowed(sorted(mixed), max_tokens)
 
-    def observe(self, tenant: str, prompt_tokens: int, output_tokens: int, *, kind: str = "") -> None:
-        """Learn from a request that has finished by itself.
+    def own_quantiles(self, tenant: str, max_tokens: int | None = None, *, kind: str = "") -> Quantiles:
+        """Quantiles of the tenant's requests alone (of everybody's while it has none): what `predict` is to beat."""
+        known = self._tenants.get(_key(tenant, kind))
+        return _allowed(
+            quantiles_of(known.history.rising) if known and len(known.history) else self._of_everybody(), max_tokens
+        )
+
+    def observe(
+        self, tenant: str, prompt_tokens: int, output_tokens: int, *, kind: str = "", cut: bool = False
+    ) -> None:
+        """Learn from a request that has finished.
+
+        Args:
+            cut: At its limit, and not by itself.
 
         Raises:
             ValueError: A number of tokens is none.
@@ -167,12 +195,21 @@ class OutputLength:
         scale = 1.0 + sum(newest) / len(newest)
         by_quantile = zip(*self._predictions(known.history, prompt_tokens), strict=True)
         for index, (quantile, predictions) in enumerate(zip(QUANTILES, by_quantile, strict=True)):
+            if cut:
+                predictions = tuple(min(length, output_tokens) for length in predictions)
             losses = [pinball(quantile, length, output_tokens) / scale for length in predictions]
             known.weights[index] = _reweighted(known.weights[index], losses)
             common = [log - COMMON_RATE * loss for log, loss in zip(self._common[index], losses, strict=True)]
             self._common[index] = [max(log - max(common), LEAST_COMMON) for log in common]
-        known.history.add(prompt_tokens, output_tokens)
-        self._everybody.add(prompt_tokens, output_tokens)
+        length = output_tokens
+        if cut:
+            length = known.history.longer(length) or self._everybody.longer(length) or length
+        self._num_requests -= len(known.history)
+        known.history.add(prompt_tokens, length)
+        self._num_requests += len(known.history)
+        self._everybody.add(prompt_tokens, length)
+        while self._num_requests > MAX_REQUESTS:
+            self._forget_one()
 
     def to_document(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -205,6 +242,7 @@ class OutputLength:
             for one in document["tenants"]:
                 tenant = model._tenant(one["name"])
                 tenant.history.extend(one["requests"])
+                model._num_requests += len(tenant.history)
                 tenant.weights = [list(map(float, weights)) for weights in one["weights"]]
             model._everybody.extend(document["everybody"])
             model._common = [list(map(float, logs)) for logs in document["common"]]
@@ -216,6 +254,8 @@ class OutputLength:
     def check(self) -> None:
         """Assert that histories are bounded and in order, and weights are some."""
         assert len(self._tenants) <= MAX_TENANTS, f"{len(self._tenants)} tenants"
+        assert self._num_requests <= MAX_REQUESTS, f"{self._num_requests} requests"
+        assert self._num_requests == sum(len(one.history) for one in self._tenants.values()), "number of requests"
         shape = [len(PREDICTORS)] * len(QUANTILES)
         assert list(map(len, self._common)) == shape, "common weights"
         assert all(LEAST_COMMON <= log <= 0.0 for logs in self._common for log in logs), "common weights"
@@ -229,14 +269,21 @@ class OutputLength:
 
     def _tenant(self, key: str) -> _Tenant:
         if key not in self._tenants and len(self._tenants) >= MAX_TENANTS:
-            self._tenants.popitem(last=False)
+            self._forget_one()
         one = self._tenants.setdefault(key, _Tenant())
         self._tenants.move_to_end(key)
         return one
 
+    def _forget_one(self) -> None:
+        _key, gone = self._tenants.popitem(last=False)
+        self._num_requests -= len(gone.history)
+
+    def _of_everybody(self) -> Quantiles:
+        return quantiles_of(self._everybody.rising) if len(self._everybody) else FIRST_GUESS
+
     def _predictions(self, history: History, prompt_tokens: int) -> list[Quantiles]:
         """What each of `PREDICTORS` says."""
-        everybody = quantiles_of(self._everybody.rising) if len(self._everybody) else FIRST_GUESS
+        everybody = self._of_everybody()
         alike = [
             self._everybody.near(prompt_tokens, num) if len(self._everybody) >= num else everybody for num in ALIKE
         ]
@@ -266,6 +313,11 @@ def quantiles_of(rising: Sequence[float]) -> Quantiles:
         lower, upper = rising[int(below)], rising[min(int(below) + 1, len(rising) - 1)]
         found.append(lower + part * (upper - lower))
     return tuple(found)
+
+
+def _allowed(rising: Sequence[float], max_tokens: int | None) -> Quantiles:
+    most = math.inf if max_tokens is None else float(max_tokens)
+    return tuple(min(max(length, 1.0), most) for length in rising)
 
 
 def _pulled(quantiles: Quantiles, towards: Quantiles, num: int) -> Quantiles:

@@ -60,7 +60,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Host slots that the request may take on top, within its tenant's share."""
 
     num_remaining_tokens: int = 1 << 20
-    """Output tokens that are still to come at most, or are predicted to."""
+    """Output tokens that are predicted to be still to come at most, or may."""
 
     num_preemptions: int = 0
 

@@ -22,6 +22,7 @@ from replicas.messages import CostSamples, EngineTotals, SetPolicy
 from replicas.parent_watch import PARENT_VARIABLE
 from replicas.serve_costs import CostExchange
 from replicas.serve_engine import AdaptiveVLLMEngine
+from replicas.serve_metrics import degraded_gauge
 
 logger = logging.getLogger("ray.serve")
 
@@ -112,11 +113,7 @@ class _Metrics:
             description="How far predicted and measured seconds of preemptions are apart, relative to the measured ones.",
             tag_keys=("action",),
         )
-        self._degraded = Gauge(
-            "adaptivellm_degraded",
-            description="1 while a part is not itself: preemption does as vLLM does, cost_service does not answer.",
-            tag_keys=("part",),
-        )
+        self._degraded = degraded_gauge()
         self._headroom = Gauge("adaptivellm_headroom_blocks", description="KV blocks kept free at admission.")
         self._host_slots = Gauge(
             "adaptivellm_host_pool_blocks", description="KV blocks of the host pool.", tag_keys=("state",)

@@ -5,10 +5,12 @@ Source: vLLM 0.29 `v1/core/sched/scheduler.py` (`schedule`, the running loop), `
 """
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any
 
 from replicas.host_pool import HostBlockPool
 from replicas.preemption_cost import Candidate
+from replicas.request_stamp import remaining_tokens, tenant_in
 from replicas.vllm_internals import Request, Scheduler
 
 
@@ -74,7 +76,8 @@ class MemoryView:
         Args:
             survival: Share of a victim's tokens that is likely to be in the prefix cache when it comes back.
         """
-        tenant = tenant_of(request)
+        stamp = stamp_of(request)
+        tenant = tenant_in(stamp)
         blocks = self._blocks.get(request.request_id, [])
         # A block is shared only by requests that share all blocks before it too: the counts never rise along the list.
         shares = bool(blocks) and blocks[0].ref_cnt > 1
@@ -91,14 +94,19 @@ class MemoryView:
             ),
             num_host_blocks=host.num_retained_blocks(request.request_id) if host else 0,
             num_host_slots=host.num_available_slots(tenant, request.request_id) if host else 0,
-            num_remaining_tokens=max(1, request.max_tokens - request.num_output_tokens),
+            num_remaining_tokens=remaining_tokens(stamp, request.num_output_tokens, request.max_tokens),
             num_preemptions=request.num_preemptions,
             # A resumable session's tokens may be replaced, so that its blocks in host memory would be another text's.
             can_load=not request.skip_reading_prefix_cache and not request.resumable,
         )
 
 
+def stamp_of(request: Request) -> Mapping[str, Any]:
+    """What the ingress stamped into the request (`replicas.request_stamp`), among whatever else is there."""
+    params = request.sampling_params
+    return params.extra_args or {} if params is not None else {}
+
+
 def tenant_of(request: Request) -> str:
     """The tenant that the ingress stamped into the request; empty without a stamp."""
-    params = request.sampling_params
-    return str((params.extra_args or {}).get("adaptivellm_tenant", "")) if params is not None else ""
+    return tenant_in(stamp_of(request))

@@ -22,6 +22,7 @@ from cluster.request_checks import (
     check_headers,
     parse_body,
 )
+from replicas.request_stamp import make_stamp
 
 LIMITS = RequestLimits()
 MODEL = "tiny"
@@ -490,6 +491,14 @@ def test_null_means_left_out(check: Callable[..., Any]) -> None:
 @BOTH
 def test_unknown_fields_are_ignored_and_not_forwarded(check: Callable[..., Any]) -> None:
     assert check(metadata={"a": 1}, store=True, service_tier="auto", **{"": 0, "x" * 10_000: 1}) == check()
+
+
+@BOTH
+def test_a_client_cannot_say_what_the_ingress_says_to_the_scheduler(check: Callable[..., Any]) -> None:
+    stamp = make_stamp(tenant="another", median_tokens=1, upper_tokens=1)
+    assert refused_field(check, vllm_xargs=stamp) == "vllm_xargs"
+    for smuggled in (stamp, {"extra_args": stamp}, {"extra_body": {"vllm_xargs": stamp}}, {"sampling_params": stamp}):
+        assert check(**smuggled) == check()
 
 
 REFUSED = {

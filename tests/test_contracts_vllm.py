@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 
+from cluster.answers import AnswerReader, Ending
+from cluster.bench_decision import views
+from replicas.request_stamp import make_stamp
+
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +198,7 @@ ATTRIBUTES = [
         "num_tokens_with_spec num_output_placeholders max_tokens num_preemptions sampling_params",
         "replicas/vllm_memory.py",
     ),
-    ("vllm:SamplingParams", "extra_args", "replicas/vllm_memory.py (tenant_of)"),
+    ("vllm:SamplingParams", "extra_args", "replicas/vllm_memory.py (stamp_of)"),
     ("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator", "replicas/vllm_memory.py"),
     ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", "single_type_managers", "replicas/vllm_memory.py"),
     ("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", "req_to_blocks", "replicas/vllm_memory.py"),
@@ -409,6 +413,70 @@ def test_a_request_is_forgotten_in_one_place_where_its_tokens_are_counted_for_th
         "requests are forgotten elsewhere", "replicas/vllm_scheduler.py"
     )
     assert "self.requests.pop(" not in source, moved("requests are forgotten elsewhere", "replicas/vllm_scheduler.py")
+
+
+CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
+COMPLETION_PROTOCOL = "vllm.entrypoints.openai.completion.protocol"
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("cluster.ray_internals:ChatCompletionRequest", {"messages": [{"role": "user", "content": "x"}]}),
+        ("cluster.ray_internals:CompletionRequest", {"prompt": "x"}),
+    ],
+)
+def test_a_stamp_travels_from_the_api_to_the_engines_decision(path: str, prompt: dict[str, Any]) -> None:
+    stamp = make_stamp(tenant="a", median_tokens=100, upper_tokens=300)
+    body = load(path).model_validate({"model": "m", **prompt, "vllm_xargs": stamp})
+    encoded = load("vllm.v1.serial_utils:MsgpackEncoder")().encode(body.to_sampling_params(1000, {}))
+    params = load("vllm.v1.serial_utils:MsgpackDecoder")(load("vllm:SamplingParams")).decode(encoded)
+    request = load("vllm.v1.request:Request")("0", [3] * 32, params, None)
+    view, _, host = views(1, 32)
+    candidate = view.candidate(request, host, survival=0.0)
+    assert (candidate.tenant, candidate.num_remaining_tokens) == ("a", 300), moved(
+        "`vllm_xargs` do not become `extra_args`", "replicas/request_stamp.py"
+    )
+    request.append_output_token_ids([5] * 600)
+    assert view.candidate(request, host, survival=0.0).num_remaining_tokens == 300
+    params.extra_args = None
+    assert view.candidate(request, host, survival=0.0).num_remaining_tokens == 400
+
+
+@pytest.mark.parametrize(
+    ("choice", "chunk", "text"),
+    [
+        (
+            f"{CHAT_PROTOCOL}:ChatCompletionResponseStreamChoice",
+            f"{CHAT_PROTOCOL}:ChatCompletionStreamResponse",
+            {"delta": {"content": '"finish_reason":"length" "choices":[]'}},
+        ),
+        (
+            f"{COMPLETION_PROTOCOL}:CompletionResponseStreamChoice",
+            f"{COMPLETION_PROTOCOL}:CompletionStreamResponse",
+            {"text": '"finish_reason":"length" "choices":[]'},
+        ),
+    ],
+)
+def test_a_streams_ending_is_read_out_of_vllms_own_events(choice: str, chunk: str, text: dict[str, Any]) -> None:
+    def event(choices: list[Any], **fields: Any) -> str:
+        body = load(chunk)(id="1", created=1, model="m", choices=choices, **fields)
+        return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
+
+    endings: list[Ending] = []
+    reader = AnswerReader(wants_usage=False, on_end=endings.append)
+    assert reader.read(event([load(choice)(index=0, **text)]))
+    assert reader.read(event([load(choice)(index=0, **text, finish_reason="stop")]))
+    assert not reader.read(event([], usage={"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10}))
+    assert endings == [Ending(reasons=["stop"], output_tokens=7)], moved("streamed events", "cluster/answers.py")
+    for path in (
+        "chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
+        "completion.serving:OpenAIServingCompletion.completion_stream_generator",
+    ):
+        assert_in_order(
+            f"vllm.entrypoints.openai.{path}", ["if include_usage:", "choices=[]", 'yield f"data: {final_usage_data}'],
+            "cluster/answers.py",
+        )  # fmt: skip
 
 
 def test_plugins_are_found_by_the_entry_point_that_is_declared() -> None:

@@ -134,6 +134,63 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(document["everybody"]) == EVERYBODY
 
 
+def test_memory_is_bounded_over_all_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_length, "MAX_REQUESTS", 100)
+    model = OutputLength()
+    for index in range(300):
+        model.observe(f"t{index % 3}", 10, 10)
+        model.observe(f"once {index}", 10, 10, cut=True)
+        model.check()
+    held = [(one["name"], len(one["requests"])) for one in model.to_document()["tenants"]]
+    assert sum(num for _, num in held) <= 100
+    assert held[-1] == ("once 299", 1)
+    assert model.predict("once 0", 10) == model.predict("new", 10)
+
+
+def test_a_request_that_was_cut_is_learned_as_one_of_those_that_were_longer() -> None:
+    """Half of the requests are cut, at limits that do not depend on their lengths: quantiles stay where they are."""
+    model, left_out, rng = OutputLength(), OutputLength(), random.Random(0)
+    for _ in range(1000):
+        length, most, prompt = int(200 * rng.lognormvariate(0.0, 0.8)), rng.choice([50, 200, 1000]), rng.randrange(99)
+        model.observe("t", prompt, min(length, most), cut=length >= most)
+        if length < most:
+            left_out.observe("t", prompt, length)
+    assert model.own_quantiles("t")[:2] == pytest.approx((72, 200), rel=0.12)
+    assert model.own_quantiles("t")[2] == pytest.approx(558, rel=0.25)
+    assert left_out.own_quantiles("t")[1] < 160, "those that are left stop early"
+
+
+def test_where_nobody_was_longer_a_limit_is_a_length() -> None:
+    model = OutputLength()
+    for _ in range(50):
+        model.observe("t", 10, 16, cut=True)
+    assert model.predict("t", 10, 16) == (16, 16, 16)
+    model.observe("other", 10, 700)
+    model.observe("t", 10, 16, cut=True)
+    assert model.to_document()["tenants"][-1]["requests"][-1] == [10, 700]
+
+
+def test_beyond_a_limit_no_predictor_is_blamed() -> None:
+    model, same = OutputLength(), OutputLength()
+    for one in (model, same):
+        for index in range(40):
+            one.observe("t", index, 100 + index)
+    before = model.to_document()
+    model.observe("t", 20, 50, cut=True)
+    same.observe("t", 20, 50)
+    assert model.to_document()["common"] == before["common"], "all of them had said more than 50"
+    assert same.to_document()["common"] != before["common"]
+
+
+def test_the_tenants_own_quantiles_are_everybodys_while_it_has_none() -> None:
+    model = OutputLength()
+    assert model.own_quantiles("a") == output_length.FIRST_GUESS
+    for length in range(101):
+        model.observe("a", 5, length)
+    assert model.own_quantiles("a") == model.own_quantiles("new") == (10, 50, 90)
+    assert model.own_quantiles("a", 60) == (10, 50, 60)
+
+
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=80), st.integers(1, 20))
 def test_a_history_answers_as_one_that_sorts_anew(pairs: list[tuple[int, int]], size: int) -> None:
     history = History(size)
@@ -144,6 +201,8 @@ def test_a_history_answers_as_one_that_sorts_anew(pairs: list[tuple[int, int]], 
     assert history.to_pairs() == kept
     assert quantiles_of(history.rising) == pytest.approx(np.quantile([length for _, length in kept], QUANTILES))
     assert history.near(20, len(kept)) == pytest.approx(quantiles_of(sorted(length for _, length in kept)))
+    longer = sorted(length for _, length in kept if length > 20)
+    assert history.longer(20) in (longer or [None])
     assert history.newest(3) == [length for _, length in kept[::-1][:3]]
 
 
@@ -161,11 +220,12 @@ def test_quantiles_rise_and_stay_within_what_is_allowed(
     predicted = model.predict("a", prompt, max_tokens)
     assert list(predicted) == sorted(predicted)
     assert predicted[0] >= 1
-    assert predicted[-1] <= (max_tokens or 10**6)
+    assert predicted[-1] <= (max_tokens or 10**6 + 1e-6), "a mean of equal numbers may be rounded up"
     again = OutputLength.from_document(json.loads(json.dumps(model.to_document())))
     assert again.predict("a", prompt, max_tokens) == predicted
     for one in (model, again):
         one.observe("a", prompt, 17)
+        one.observe("a", prompt, 17, cut=True)
     assert again.to_document() == model.to_document()
 
 

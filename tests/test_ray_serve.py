@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import httpx
 import openai
 import pytest
 
+from cluster.config import default_home
+from cluster.state import SqliteStore
 from tests.cluster_runs import HELLO, MODEL, environment, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -247,11 +249,11 @@ def test_a_running_application_follows_another_policy(running: Running) -> None:
         assert {replica["preemption"] for replica in status(running)} == {policy}
 
 
-def costs(*arguments: str) -> list[dict[str, Any]]:
+def costs(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster", "costs", "--json", "-", *arguments]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
-    kinds: list[dict[str, Any]] = json.loads(answer.stdout[answer.stdout.index("{") :])["kinds"]
-    return kinds
+    told: dict[str, Any] = json.loads(answer.stdout[answer.stdout.index("{") :])
+    return told
 
 
 def learn(running: Running, least_version: int) -> dict[str, Any]:
@@ -266,7 +268,7 @@ def learn(running: Running, least_version: int) -> dict[str, Any]:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(ask, range(24)))
         assert {answer.status_code for answer in answers} == {200}
-        kinds = costs("--tokens", "100")
+        kinds = costs("--tokens", "100")["kinds"]
         if kinds and kinds[0]["version"] >= least_version:
             (kind,) = kinds
             return kind
@@ -283,6 +285,28 @@ def test_what_the_replicas_measure_becomes_the_costs_that_all_of_them_use(runnin
         assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 2}).status_code == 200
 
 
+def lengths_when(condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """What is known of output lengths, as soon as it is like that."""
+    deadline_s = time.monotonic() + 60
+    while not condition(lengths := costs()["output_lengths"]):
+        assert time.monotonic() < deadline_s, lengths
+        time.sleep(0.5)
+    return lengths
+
+
+def test_output_lengths_are_learned_from_whole_and_streamed_answers(running: Running) -> None:
+    before = costs()["output_lengths"]
+    body = {"model": MODEL, "prompt": "One, two, three,", "temperature": 0}
+    for changes in ({}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}):
+        for path, prompt in ((COMPLETIONS, body), (CHAT, body | {"messages": HELLO})):
+            answer = running.post(path, prompt | changes | {"max_tokens": 5})
+            assert answer.status_code == 200
+            assert ('"usage":{' in answer.text) == (changes != {"stream": True}), answer.text
+    lengths = lengths_when(lambda lengths: lengths["learned"] >= before["learned"] + 6)
+    assert lengths["cut"] > before["cut"]
+    assert 0 <= lengths["coverage"] <= 1
+
+
 KILL = """
 from cluster.running import connected
 with connected("auto"):
@@ -294,9 +318,13 @@ with connected("auto"):
 
 def test_a_killed_cost_service_comes_back_with_its_newest_costs_and_nobody_notices(running: Running) -> None:
     before = learn(running, 2)["version"]
+    store = SqliteStore(default_home() / "state.sqlite")
+    num_lengths = costs()["output_lengths"]["learned"]
+    lengths_when(lambda _: store.load("output_lengths").get("all", {}).get("newest", 0) >= num_lengths)
     subprocess.run([sys.executable, "-c", KILL], env=environment(), check=True, timeout=120, capture_output=True)
     answer = running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 4})
     assert answer.status_code == 200
+    assert costs()["output_lengths"]["learned"] >= num_lengths
     assert learn(running, before)["version"] >= before
     assert learn(running, before + 1)["version"] > before
 
@@ -316,7 +344,8 @@ def test_metrics_have_the_names_that_dashboards_rely_on(running: Running) -> Non
     (port,) = json.loads(found.stdout.splitlines()[-1])
     names = {
         "ray_adaptivellm_host_pool_blocks", "ray_adaptivellm_degraded", "ray_adaptivellm_headroom_blocks",
-        "ray_adaptivellm_output_tokens_total",
+        "ray_adaptivellm_output_tokens_total", "ray_adaptivellm_output_length_coverage",
+        "ray_adaptivellm_output_length_loss_ratio",
     }  # fmt: skip
     deadline_s = time.monotonic() + 60
     told = ""

@@ -1,0 +1,13 @@
+"""Metrics that several deployments share."""
+
+from ray.util.metrics import Gauge
+
+
+def degraded_gauge() -> Gauge:
+    """1 while a part is not itself, by its name in the tag `part`."""
+    return Gauge(
+        "adaptivellm_degraded",
+        description="1 while a part is not itself: preemption does as vLLM does, cost_service does not answer a replica, "
+        "output_lengths are not exchanged by an ingress.",
+        tag_keys=("part",),
+    )
