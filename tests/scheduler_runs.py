@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from replicas.transfer import Carried
 from tests.engine_runs import BLOCK_SIZE, Job
 
 
@@ -76,6 +77,10 @@ class ArrayCopier:
     def copy_in(self, slots: Sequence[int], blocks: Sequence[int], *, synchronous: bool) -> Callable[[], bool]:
         self._blocks[list(blocks)] = self._slots[list(slots)]
         return lambda: True
+
+    def take_transfers(self) -> list[Carried]:
+        """Nothing runs beside the engine."""
+        return []
 
     def zero(self, slots: Sequence[int]) -> None:
         self._slots[list(slots)] = 0

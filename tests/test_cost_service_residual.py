@@ -16,7 +16,7 @@ def rows(num: int, least: float, most: float, seed: int) -> tuple[NDArray[np.flo
     sizes = np.exp(rng.uniform(np.log(least), np.log(most), num))
     ratio = rng.uniform(0.0, 1.0, num)
     error = 0.02 * rng.normal(size=num) + 0.05 * np.log2(sizes / 64) * np.where(ratio > 0.5, 1.0, -1.0)
-    return ratio[:, None], sizes * 1e-6, sizes * 1e-6 * np.exp(error), sizes
+    return np.column_stack((ratio, np.log2(sizes))), sizes * 1e-6, sizes * 1e-6 * np.exp(error), sizes
 
 
 def coverage(residual: Residual, drawn: tuple[NDArray[np.float64], ...], *, sized: bool) -> float:
@@ -36,8 +36,11 @@ def test_beyond_the_largest_size_they_are_as_wide_as_leaving_large_ones_out_has_
     residual = Residual()
     *fitted, sizes = rows(800, 64, 1024, 1)
     residual.fit(*fitted, sizes=sizes)
-    beyond = rows(800, 1024, 8192, 3)
-    assert coverage(residual, beyond, sized=True) > 0.85 > coverage(residual, beyond, sized=False)
+    features, base, _, beyond = drawn = rows(800, 1024, 8192, 3)
+    assert coverage(residual, drawn, sized=True) > 0.9
+    sized, unsized = residual.estimate(features, base, sizes=beyond), residual.estimate(features, base)
+    wider = np.log(sized.high_s / sized.low_s) - np.log(unsized.high_s / unsized.low_s)
+    assert (np.diff(wider[np.argsort(beyond)]) > 0.0).all()
 
 
 def test_within_the_fitted_sizes_a_size_changes_nothing() -> None:
