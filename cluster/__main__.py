@@ -12,6 +12,7 @@ COMMANDS = {
     "replay": ("cluster.replay", "let the policies decide again what a decision log holds"),
     "calibrate": ("cluster.calibrate", "measure what preemptions of a model cost on this machine"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
+    "report": ("cluster.report", "write a page (HTML) of what bench or simulate found"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
     "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),

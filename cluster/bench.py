@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.bench_engine import OFFLOAD, STOCK, Arm, EngineSettings
+from cluster.bench_arm import OFFLOAD, STOCK, Arm, EngineSettings
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
 from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder
 from cluster.bootstrap import has_nvidia_gpu
@@ -69,7 +69,7 @@ class Plan:
     def as_report(self) -> dict[str, Any]:
         """Settings as they stand in the result file; of the model's folder only its name."""
         engine = asdict(self.engine) | {"model": Path(self.engine.model).name}
-        del engine["policy"]
+        del engine["policy"], engine["learn"]
         return engine | {
             "policies": list(self.policies),
             "workload": self.source,
@@ -266,6 +266,7 @@ def measure(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
         "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks},
         "calibration": asdict(calibration) | {"check": check},
         "interval": INTERVAL,
+        "command": " ".join(["python -m cluster", *sys.argv[1:]]),
         "arms": {},
         "ratio_to_stock": {},
         "added_scheduler_us_per_step": {},
@@ -280,7 +281,7 @@ def measure(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
         report["arms"][policy] = arm
         for one, result in zip(by_arm[policy], results, strict=True):
             rest = asdict(result)
-            del rest["records"], rest["tokens"]
+            del rest["tokens"]
             arm["repeats"].append(asdict(one) | rest)
         if plan.check_exact:
             pairs = zip(results, plan.workloads, strict=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import bench
-from cluster.bench_engine import ENVIRONMENT
+from cluster.bench_arm import ENVIRONMENT
 from cluster.workload import RequestSpec
 from cost_service.learner import CostLearner
 from cost_service.samples import LinkSample

@@ -1,11 +1,11 @@
-"""One arm of a benchmark: a process with one vLLM engine (`python -m cluster.bench_engine`), and its handle.
+"""The process of one arm of a benchmark: a vLLM engine that is driven through requests (`python -m cluster.bench_engine`).
 
 Rules:
 - Protocol: JSON lines on stdin and stdout, one answer per line read. First the settings, answered by `{"ready": ...}`,
   then runs. stdout carries nothing else (what libraries print goes to stderr), and the end of stdin ends the process.
 - Open loop in real time: a request is added when its arrival has come, whatever the engine is busy with. Greedy, with a
-  fixed number of output tokens. The prefix cache is empty at the start of every run.
-- Only the process imports vLLM; loading this module stays cheap for the command that holds the handles.
+  fixed number of output tokens. The prefix cache is empty at the start of every run, and the costs are those that the
+  runs before have taught.
 
 Source: vLLM 0.29 `v1/engine/llm_engine.py`, `v1/engine/core.py` (`step` calls the scheduler's `schedule` and
 `update_from_output` once each), `v1/core/sched/scheduler.py` (`_preempt_request`).
@@ -14,187 +14,17 @@ Source: vLLM 0.29 `v1/engine/llm_engine.py`, `v1/engine/core.py` (`step` calls t
 import gc
 import json
 import os
-import select
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import asdict
+from typing import Any
 
-from cluster.config import SCHEDULERS
+from cluster.bench_arm import EngineSettings
 from cluster.workload import RequestRecord, RequestSpec, RunResult
-
-STOCK = "stock"
-OFFLOAD = "offload"
-"""vLLM's own connector that offloads KV blocks to host memory, around its own scheduler."""
-
-START_TIMEOUT_S, END_TIMEOUT_S = 600.0, 10.0
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine, scheduler and worker in the one process
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all arms bind the same cores
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-}
-BATCHED_TOKENS = 4096
-"""Tokens of one step at least, as in the product: prefills stay in one piece on CPU."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """What one arm runs."""
-
-    model: str
-    """Folder in Hugging Face layout."""
-
-    policy: str
-    """`stock` (vLLM's own scheduler, no connector), `offload` (its own connector), or a preemption policy of ours."""
-
-    num_kv_blocks: int | None
-    """None: what vLLM finds room for."""
-
-    host_pool_bytes: int
-    max_num_seqs: int
-    max_model_len: int
-    block_size: int
-    dtype: str
-    load_format: str
-    threads: int
-    accelerator: str
-    """`cpu` or `gpu`, as in the product's settings."""
-    swap: dict[str, Any] = field(default_factory=dict)
-    """Further settings of the connector (`replicas.config.SwapConfig`)."""
-
-    def engine_arguments(self) -> dict[str, Any]:
-        """vLLM's arguments: those of the product's replicas (`cluster.app.make_engine_kwargs`), sized for the run."""
-        arguments: dict[str, Any] = {
-            "model": self.model,
-            "skip_tokenizer_init": True,
-            "load_format": self.load_format,
-            "dtype": self.dtype,
-            "enforce_eager": self.accelerator == "cpu",
-            "max_num_batched_tokens": max(self.max_model_len, BATCHED_TOKENS),
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_num_seqs,
-            "block_size": self.block_size,
-            "seed": 0,
-            "disable_log_stats": True,
-        }
-        if self.accelerator == "cpu":
-            arguments["enable_chunked_prefill"] = False
-        if self.num_kv_blocks is not None:
-            arguments["num_gpu_blocks_override"] = self.num_kv_blocks
-            if self.accelerator == "cpu":
-                # Overridden by the number of blocks; without it every arm would look for most of the host's free memory.
-                arguments["kv_cache_memory_bytes"] = 1 << 28
-        if self.policy == OFFLOAD:
-            arguments["kv_offloading_size"] = self.host_pool_bytes / (1 << 30)
-        elif self.policy != STOCK:
-            arguments["scheduler_cls"] = SCHEDULERS[self.accelerator]
-            arguments["kv_transfer_config"] = {
-                "kv_connector": "SwapConnector",
-                "kv_connector_module_path": "replicas.vllm_swap",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {
-                    "preemption": self.policy,
-                    "host_pool_bytes": self.host_pool_bytes,
-                    **self.swap,
-                },
-            }
-        return arguments
-
-
-class Arm:
-    """Handle of one arm's process. Whoever makes one closes it: `with Arm(...) as arm`."""
-
-    def __init__(self, settings: EngineSettings, log: Path) -> None:
-        """Start the process and wait until its engine is ready.
-
-        Args:
-            log: File for what the process prints.
-
-        Raises:
-            RuntimeError: The engine did not start; with the end of its log.
-        """
-        self.settings, self._log, self._unread = settings, log, b""
-        environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(settings.threads)}
-        with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.bench_engine"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                bufsize=0,  # nothing is left to flush when the pipe is closed
-                cwd=Path(__file__).parents[1],
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the command alone, which ends its arms in order
-            )
-        assert self._process.stdin is not None, "no pipe to the process"
-        assert self._process.stdout is not None, "no pipe from the process"
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        try:
-            self.versions: dict[str, str] = self._ask(asdict(settings), timeout_s=START_TIMEOUT_S)["ready"]
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def run(self, requests: Sequence[RequestSpec], *, limit_s: float) -> RunResult:
-        """Drive the engine through the requests, and give up after `limit_s` seconds what is unfinished then.
-
-        Raises:
-            RuntimeError: The process ended, or did not answer; with the end of its log.
-        """
-        line = {"run": [asdict(request) for request in requests], "limit_s": limit_s}
-        answer = self._ask(line, timeout_s=limit_s + 60)
-        answer["records"] = [RequestRecord(**record) for record in answer["records"]]
-        return RunResult(**answer)
-
-    def close(self) -> None:
-        """End the process: by the end of its input, else by signals. Does nothing the second time."""
-        self._stdin.close()
-        for end in (self._process.terminate, self._process.kill):
-            try:
-                self._process.wait(END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                end()
-        self._process.wait()
-        self._stdout.close()
-
-    def _ask(self, line: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
-        unsent = memoryview(json.dumps(line).encode() + b"\n")
-        try:
-            while unsent:
-                unsent = unsent[os.write(self._stdin.fileno(), unsent) :]
-        except BrokenPipeError:
-            raise RuntimeError(self._failure("ended")) from None
-        poll = select.poll()
-        poll.register(self._stdout, select.POLLIN)
-        end_s = time.monotonic() + timeout_s
-        while b"\n" not in self._unread:
-            if not poll.poll(max(0.0, end_s - time.monotonic()) * 1000):
-                raise RuntimeError(self._failure(f"did not answer within {timeout_s:.0f} s"))
-            data = os.read(self._stdout.fileno(), 1 << 20)
-            if not data:
-                raise RuntimeError(self._failure("ended"))
-            self._unread += data
-        text, _, self._unread = self._unread.partition(b"\n")
-        answer: dict[str, Any] = json.loads(text)
-        return answer
-
-    def _failure(self, what: str) -> str:
-        tail = self._log.read_text(errors="replace")[-2000:]
-        return f"The engine of policy {self.settings.policy} {what}; the end of its log:\n{tail}"
+from cost_service.learner import CostLearner
 
 
 class Engine:
@@ -203,9 +33,12 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         from vllm import LLM
 
+        self.settings = settings
         self.llm = LLM(**settings.engine_arguments())
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self._costs_before: dict[tuple[str, str], float] = {}
+        self._learner: CostLearner | None = None
         self._clear()
         self._watch()
 
@@ -250,6 +83,31 @@ class Engine:
         preemptor = getattr(self.scheduler, "preemptor", None)
         return int(preemptor.num_guarded_steps) if preemptor else 0
 
+    def _learn(self) -> None:
+        """What the runs before have taught of the costs, as the cost service would have told the engine."""
+        preemptor = getattr(self.scheduler, "preemptor", None)
+        if preemptor is not None and (samples := preemptor.meter.take_samples()):
+            self._learner = self._learner or CostLearner(preemptor.costs)
+            self._learner.observe(samples)
+            preemptor.costs = self._learner.refit()
+
+    def _preemption_costs(self) -> dict[str, dict[str, float]]:
+        """Sums since the run began; empty for an arm that measures nothing."""
+        preemptor = getattr(self.scheduler, "preemptor", None)
+        if preemptor is None:
+            return {}
+        sums = {
+            "measured": preemptor.num_measured,
+            "predicted_s": preemptor.predicted_s,
+            "measured_s": preemptor.measured_s,
+        }
+        now = {(action.value, name): float(of[action]) for name, of in sums.items() for action in of}
+        before, self._costs_before = self._costs_before, now
+        return {
+            action.value: {name: now[action.value, name] - before.get((action.value, name), 0.0) for name in sums}
+            for action in preemptor.num_measured
+        }
+
     def _swaps(self) -> int:
         preemptor = getattr(self.scheduler, "preemptor", None)  # ours only; vLLM's own only ever recomputes
         return int(preemptor.num_preemptions["swap"]) if preemptor else 0
@@ -258,6 +116,8 @@ class Engine:
         """Drive the engine through the requests in real time."""
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("The prefix cache could not be reset: an earlier run left blocks behind.")
+        if self.settings.learn:
+            self._learn()
         self._clear()
         gc.collect()  # not in the middle of the run for what came before it
         pending = deque(sorted(requests, key=lambda request: request.arrival_s))
@@ -289,6 +149,7 @@ class Engine:
             peak_kv_blocks=self._peak_blocks,
             computed_tokens=self._computed_tokens,
             scheduler=self._scheduler_time(),
+            preemption_costs=self._preemption_costs(),
             tokens=tokens,
         )
 
@@ -344,7 +205,7 @@ class Engine:
 def main() -> int:
     """Answer lines until stdin ends."""
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
-        print("Start this process through cluster.bench_engine.Arm, which sets its environment.", file=sys.stderr)
+        print("Start this process through cluster.bench_arm.Arm, which sets its environment.", file=sys.stderr)
         return 2
     protocol = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

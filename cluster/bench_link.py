@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import bench, models
-from cluster.bench_engine import STOCK, Arm
+from cluster.bench_arm import STOCK, Arm
 from cluster.bench_figures import Calibration, Figures, figures, ratios_of
 from cluster.workload import RunResult
 from cost_service.analytic import analytic_snapshot
@@ -75,7 +75,7 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[st
         costs = snapshot(config, calibration, kv_bytes * plan.engine.block_size, plan.engine.block_size)
         costs = mistaken(costs, options, kv_bytes * plan.engine.block_size / link)
         swap = {"throttled_link_bytes_per_s": link, "cost_snapshot": costs.to_json(), "guard": not options.no_guard}
-        arms = replace(plan, engine=replace(plan.engine, swap=swap))
+        arms = replace(plan, engine=replace(plan.engine, swap=swap, learn=False))
         folder = scratch / f"{speed:g}"
         folder.mkdir()
         runs = bench.run_arms(arms, folder, num_blocks, say)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import models
-from cluster.bench_engine import ENVIRONMENT, EngineSettings
+from cluster.bench_arm import ENVIRONMENT, EngineSettings
 from cluster.bootstrap import has_nvidia_gpu
 from cluster.config import DEFAULT_MODEL, default_home
 from cluster.workload import RequestSpec, synthetic

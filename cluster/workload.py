@@ -71,6 +71,9 @@ class RunResult:
     """Steps, those of them under the guard, and microseconds per step in the scheduler: over all, and over the steps with
     the most requests running."""
 
+    preemption_costs: dict[str, dict[str, float]]
+    """By action how many were measured, and the seconds of engine time that they were predicted to cost and did."""
+
     tokens: dict[str, list[int]]
     """Output token ids by request."""
 

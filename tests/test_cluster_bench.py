@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from cluster import bench
-from cluster.bench_engine import EngineSettings
+from cluster.bench_arm import EngineSettings
 from cluster.bootstrap import has_nvidia_gpu
 from cluster.workload import synthetic
 

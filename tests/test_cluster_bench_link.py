@@ -48,7 +48,13 @@ def test_a_link_would_have_to_carry_all_that_was_recomputed() -> None:
         delivered_tokens=51,
     )  # fmt: skip
     run = RunResult(
-        records=[record, record], run_end_s=4.0, peak_kv_blocks=9, computed_tokens=300 + 80, scheduler={}, tokens={}
+        records=[record, record],
+        run_end_s=4.0,
+        peak_kv_blocks=9,
+        computed_tokens=300 + 80,
+        scheduler={},
+        preemption_costs={},
+        tokens={},
     )
     assert link_bytes_per_s(run, kv_bytes=1000) == pytest.approx(80 * 1000 / 4.0)
 

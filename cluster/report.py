@@ -1,0 +1,229 @@
+"""`python -m cluster report`: one self-contained page (HTML) of a result file of `bench` or `simulate`.
+
+Tables are written here, pictures are matplotlib's as SVG inside the page; nothing is loaded from elsewhere.
+"""
+
+import argparse
+import html
+import io
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.bench_figures import RATIO_FIGURES, Calibration
+from cluster.service_curve import service_gaps
+from cluster.workload import RequestRecord
+
+FIGURES = (*RATIO_FIGURES, "preemptions", "swaps", "recomputes", "jain_index", "max_service_gap", "unfinished")
+MOST_TENANTS = 12
+"""Of a picture or table: those with the most requests."""
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .7rem; border-bottom: 1px solid #ddd; }
+td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
+pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; } svg { max-width: 100%; height: auto; } .note { color: #666; }
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("result", type=Path, metavar="RESULT", help="JSON file of bench or simulate")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RESULT with .html)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write the page; 0, or 2 with one sentence for a file that cannot be used."""
+    target = options.output or options.result.with_suffix(".html")
+    try:
+        target.write_text(page(read_result(options.result)))
+    except OSError as error:
+        print(f"Error: {error.filename} cannot be used: {error.strerror}.", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(f"Written to {target}.")
+    return 0
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        ValueError: It is none, or was written without its requests.
+        OSError: It cannot be read.
+    """
+    try:
+        report = json.loads(path.read_text())
+        runs = [repeat for arm in report["arms"].values() for repeat in arm["repeats"]]
+        complete = bool(runs) and all("records" in run for run in runs) and "calibration" in report
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} must be a result of bench or simulate with its requests in it: run it again.")
+    result: dict[str, Any] = report
+    return result
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The page of a result."""
+    records = {name: [records_of(run) for run in arm["repeats"]] for name, arm in report["arms"].items()}
+    calibration = Calibration(
+        **{name: report["calibration"][name] for name in ("ttft_s", "ttft_s_per_prompt_token", "s_per_output_token")}
+    )
+    title = "Simulated policies" if report["benchmark"] == "simulation" else "Policies compared with real engines"
+    parts = [
+        f"<h1>{title}</h1>",
+        _settings(report),
+        "<h2>Comparison</h2>", comparison(report),
+        "<h2>Weighted turnaround and time to first token</h2>", distributions(records, calibration),
+        "<h2>By tenant</h2>", by_tenant(report),
+        "<h2>Difference in service between tenants that wait</h2>", gaps(records, report),
+        "<h2>Preemptions</h2>", preemptions(report),
+        "<h2>How to repeat it</h2>", f"<pre>{html.escape(str(report.get('command', 'not recorded')))}</pre>",
+    ]  # fmt: skip
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def records_of(run: Mapping[str, Any]) -> list[RequestRecord]:
+    """The requests of a run as they stand in its result."""
+    return [RequestRecord(**record) for record in run["records"]]
+
+
+def comparison(report: Mapping[str, Any]) -> str:
+    """Medians of all arms, and ratios to stock with their intervals."""
+    arms = report["arms"]
+    rows = [
+        [name, *(_median([run[name] for run in arm["repeats"]]) for arm in arms.values())] for name in FIGURES
+    ]  # fmt: skip
+    medians = _table(["median of repeats", *arms], rows)
+    ratios = [
+        [f"{name}, {policy} / stock", *(_number(ratio[key]) for key in ("median", "low", "high"))]
+        for policy, of in report.get("ratio_to_stock", {}).items()
+        for name, ratio in of.items()
+    ]
+    interval = html.escape(str(report.get("interval", "")))
+    return medians + (_table(["ratio", "median", "from", "to"], ratios) + _note(interval) if ratios else "")
+
+
+def distributions(records: Mapping[str, Sequence[Sequence[RequestRecord]]], calibration: Calibration) -> str:
+    """Shares of all requests up to a weighted turnaround, and up to a time to first token."""
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for name, runs in records.items():
+            turnarounds = sorted(
+                (one.finish_s - one.arrival_s) / calibration.alone_s(one)
+                for run in runs for one in run if one.finish_s is not None
+            )  # fmt: skip
+            first_s = sorted(
+                one.first_token_s - one.arrival_s for run in runs for one in run if one.first_token_s is not None
+            )
+            for axes, values in ((left, turnarounds), (right, first_s)):
+                axes.step(values, [(place + 1) / len(values) for place in range(len(values))], label=name)
+        left.set(xscale="log", xlabel="weighted turnaround", ylabel="share of finished requests")
+        right.set(xscale="log", xlabel="seconds to the first token")
+        left.legend()
+
+    return _picture(draw, width=10, height=3.6)
+
+
+def by_tenant(report: Mapping[str, Any]) -> str:
+    """Weighted turnaround and first token of the tenants with the most requests, arm by arm."""
+    arms = report["arms"]
+    requests: dict[str, int] = defaultdict(int)
+    for arm in arms.values():
+        for run in arm["repeats"]:
+            for tenant, of in run["tenants"].items():
+                requests[tenant] += of["requests"]
+    shown = sorted(requests, key=lambda tenant: (-requests[tenant], tenant))[:MOST_TENANTS]
+    heads = ["tenant", *(f"{name}: {what}" for name in arms for what in ("mean turnaround", "99 % first token, s"))]
+    rows = []
+    for tenant in shown:
+        cells = []
+        for arm in arms.values():
+            runs = [run["tenants"][tenant] for run in arm["repeats"] if tenant in run["tenants"]]
+            cells += [_median([run[key] for run in runs]) for key in ("weighted_turnaround_mean", "ttft_s_p99")]
+        rows.append([tenant, *cells])
+    left = len(requests) - len(shown)
+    return _table(heads, rows) + (_note(f"{left} more tenants with fewer requests are left out.") if left else "")
+
+
+def gaps(records: Mapping[str, Sequence[Sequence[RequestRecord]]], report: Mapping[str, Any]) -> str:
+    """The greatest difference of normalised service among tenants that wait, over the time of the first repeat."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for name, runs in records.items():
+            curve = service_gaps(runs[0])
+            axes.step([at_s for at_s, _ in curve], [gap for _, gap in curve], where="post", label=name)
+        for name, arm in report["arms"].items():
+            if (bound := arm["repeats"][0].get("fairness_bound")) is not None:
+                axes.axhline(bound, linestyle="--", color="0.4", label=f"bound, {name}")
+        axes.set(xlabel="seconds", ylabel="weighted tokens")
+        axes.legend()
+
+    return _picture(draw, width=10, height=3.2)
+
+
+def preemptions(report: Mapping[str, Any]) -> str:
+    """How many preemptions there were of each kind, and what they were to cost and did."""
+    rows = []
+    for name, arm in report["arms"].items():
+        costs = [run["preemption_costs"] for run in arm["repeats"] if run.get("preemption_costs")]
+        for action in sorted({action for run in costs for action in run}):
+            of = [run[action] for run in costs if action in run]
+            count, predicted_s, measured_s = (
+                sum(one[key] for one in of) for key in ("measured", "predicted_s", "measured_s")
+            )
+            ratio = predicted_s / measured_s if measured_s > 0 else None
+            rows.append([f"{name}: {action}", *map(_number, (count, predicted_s, measured_s, ratio))])
+    if not rows:
+        return _note("No arm measured what its preemptions cost.")
+    return _table(["arm and action", "measured", "predicted, s", "measured, s", "ratio"], rows)
+
+
+def _settings(report: Mapping[str, Any]) -> str:
+    facts = {**report.get("settings", {}), **report.get("machine", {})}
+    said = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, dict | list))
+    simulated = report["benchmark"] == "simulation"
+    return (_note("All figures on this page are SIMULATED.") if simulated else "") + _note(html.escape(said))
+
+
+def _picture(draw: Any, *, width: float, height: float) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure, target = Figure(figsize=(width, height), layout="constrained"), io.StringIO()
+    draw(figure)
+    with rc_context({"svg.hashsalt": "report"}):  # the same result gives the same page
+        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    def row(cells: Iterable[object], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells) + "</tr>"
+
+    return f"<table>{row(heads, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{text}</p>' if text else ""
+
+
+def _median(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _number(statistics.median(known) if known else None)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
