@@ -266,7 +266,7 @@ def measure(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
         "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks},
         "calibration": asdict(calibration) | {"check": check},
         "interval": INTERVAL,
-        "command": " ".join(["python -m cluster", *sys.argv[1:]]),
+        "command": command_line(),
         "arms": {},
         "ratio_to_stock": {},
         "added_scheduler_us_per_step": {},
@@ -290,6 +290,11 @@ def measure(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
             report["ratio_to_stock"][policy] = ratio_to_stock(by_arm[policy], by_arm[STOCK])
             report["added_scheduler_us_per_step"][policy] = difference_to_stock(step_us[policy], step_us[STOCK])
     return report
+
+
+def command_line() -> str:
+    """What was run, with files by their names alone."""
+    return " ".join(["python -m cluster", *(text.rpartition("/")[2] for text in sys.argv[1:])])
 
 
 def machine_facts() -> dict[str, Any]:
