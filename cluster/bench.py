@@ -1,11 +1,11 @@
 """`python -m cluster bench`: preemption policies against each other, with real engines on this machine.
 
 Rules:
-- One process per arm, all alive, one driven at a time, in an order that rotates from repeat to repeat; in a repeat every
-  arm gets the same requests. A warm-up of each arm is not counted.
+- The same requests for every arm, in interleaved repeats (`cluster.bench_runs`).
 - An idle stock engine with memory for everything comes first: it gives the service times alone, the demand for KV
   blocks, and the tokens that `--check-exact` compares with.
-- Every process is ended by its own handle, whatever happens. Results name no host and no path.
+- A benchmark that was stopped goes on where it was, by what it keeps beside its result file. Results name no host and no
+  path.
 """
 
 import argparse
@@ -13,23 +13,24 @@ import json
 import math
 import os
 import platform
-import random
 import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from cluster.bench_arm import OFFLOAD, STOCK, Arm, EngineSettings
+from cluster.bench_arm import OFFLOAD, STOCK, EngineSettings
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
 from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder
+from cluster.bench_progress import Progress
+from cluster.bench_runs import Plan, Say, measure_alone, run_arms
 from cluster.bootstrap import has_nvidia_gpu
-from cluster.workload import RequestRecord, RequestSpec, RunResult, SyntheticSource
+from cluster.workload import RequestSpec, RunResult, SyntheticSource
 from replicas.config import PreemptionPolicy
 
 POLICIES = (STOCK, *(policy.value for policy in PreemptionPolicy), OFFLOAD)
@@ -40,45 +41,6 @@ OFF_PRESSURE = {
     "pool_fraction": 0.0,
     "max_num_seqs": 256,
 }
-CALIBRATION_LENGTHS, CALIBRATION_TIMES, CHECKED_REQUESTS = 5, 3, 20
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is measured."""
-
-    policies: tuple[str, ...]
-    source: str
-    workloads: tuple[tuple[RequestSpec, ...], ...]
-    """One per repeat."""
-
-    engine: EngineSettings
-    """Of the stock arm with memory for everything; the arms differ in policy and number of KV blocks."""
-
-    pool_fraction: float
-    limit_s: float
-    check_exact: bool
-
-    @property
-    def least_blocks(self) -> int:
-        """KV blocks without which the engine refuses to start: one request of full length, and vLLM's null block."""
-        return -(-self.engine.max_model_len // self.engine.block_size) + 1
-
-    def as_report(self) -> dict[str, Any]:
-        """Settings as they stand in the result file; of the model's folder only its name."""
-        engine = asdict(self.engine) | {"model": Path(self.engine.model).name}
-        del engine["policy"], engine["learn"]
-        return engine | {
-            "policies": list(self.policies),
-            "workload": self.source,
-            "different_workloads": len(set(self.workloads)),
-            "repeats": len(self.workloads),
-            "pool_fraction": self.pool_fraction,
-            "limit_s": self.limit_s,
-            "check_exact": self.check_exact,
-        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure; 0, 1 when an engine failed or a token differed, 2 for a wrong option, 130 when interrupted."""
-    return run_command(options, lambda scratch, say: measure(plan_of(options, scratch), scratch, say), table)
+
+    def work(scratch: Path, say: Say) -> dict[str, Any]:
+        plan = plan_of(options, scratch)
+        return measure(plan, scratch, say, Progress(parts_file(options.json), plan.identity()))
+
+    return run_command(options, work, table)
+
+
+def parts_file(result: Path | None) -> Path | None:
+    """Where the parts of an unfinished benchmark are kept; nowhere without a result file."""
+    return result and result.with_name(f"{result.name}.parts")
 
 
 def run_command(
@@ -130,6 +102,7 @@ def run_command(
         print(render(report))
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
+            cast(Path, parts_file(options.json)).unlink(missing_ok=True)
     except OSError as error:
         print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
         return 2
@@ -241,28 +214,25 @@ def ample_blocks(requests: Sequence[RequestSpec], max_num_seqs: int) -> int:
     return sum(blocks[:max_num_seqs]) + 1
 
 
-def measure(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
-    """Run everything; return the report.
+def measure(plan: Plan, scratch: Path, say: Say, progress: Progress) -> dict[str, Any]:
+    """Run everything that is not done yet; return the report.
 
     Raises:
         RuntimeError: An engine failed.
     """
     machine = machine_facts()
-    with Arm(plan.engine, scratch / "alone.log") as alone:
-        say("Calibrating on an idle stock engine ...")
-        calibration, check = calibrate(plan, alone)
-        say(f"  median error on {check['requests']} other requests: {100 * check['median_error']:.1f} %")
-        say("Measuring the demand for KV blocks ...")
-        ample = {workload: run_ample(plan, alone, workload) for workload in dict.fromkeys(plan.workloads)}
+    alone = progress.part("alone", lambda: measure_alone(plan, scratch, say))
+    calibration, check = Calibration(**alone["calibration"]), alone["check"]
+    ample = dict(zip(dict.fromkeys(plan.workloads), map(RunResult.of, alone["ample"]), strict=True))
     demand = math.ceil(statistics.median(result.peak_kv_blocks for result in ample.values()))
     num_blocks = plan.engine.num_kv_blocks
     if plan.pool_fraction:
         num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
     say(f"  peak {demand} blocks; arms get {num_blocks}, one of them vLLM's null block")
-    runs = run_arms(plan, scratch, num_blocks, say)
+    runs = run_arms(plan, scratch, num_blocks, say, progress)
     report: dict[str, Any] = {
         "benchmark": "preemption",
-        "machine": machine | alone.versions | {"load_average_at_end": os.getloadavg()[0]},
+        "machine": machine | alone["versions"] | {"load_average_at_end": os.getloadavg()[0]},
         "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks},
         "calibration": asdict(calibration) | {"check": check},
         "interval": INTERVAL,
@@ -310,55 +280,3 @@ def machine_facts() -> dict[str, Any]:
 def differing(result: RunResult, base: RunResult) -> int:
     """Requests whose tokens, as far as they were delivered, are not those of the base run."""
     return sum(tokens != base.tokens[name][: len(tokens)] for name, tokens in result.tokens.items())
-
-
-def calibrate(plan: Plan, arm: Arm) -> tuple[Calibration, dict[str, float]]:
-    """Time requests one at a time, at several prompt lengths; check the fit on requests of the workload."""
-    rng = random.Random(0)
-    workload = plan.workloads[0]
-    prompts = sorted(workload, key=lambda request: len(request.prompt_token_ids))
-    num_output = max(2, round(statistics.median(request.output_tokens for request in workload)))
-    places = [round(i * (len(prompts) - 1) / (CALIBRATION_LENGTHS - 1)) for i in range(CALIBRATION_LENGTHS)]
-    chosen = [replace(prompts[place], output_tokens=num_output) for place in places] * CALIBRATION_TIMES
-    checked = rng.sample(workload, min(CHECKED_REQUESTS, len(workload)))
-
-    def alone(request: RequestSpec) -> RequestRecord:
-        return arm.run([replace(request, arrival_s=0.0)], limit_s=plan.limit_s).records[0]
-
-    for request in chosen[:CALIBRATION_LENGTHS]:
-        alone(request)  # warm-up
-    calibration = Calibration.fit([alone(request) for request in chosen])
-    return calibration, calibration.check([alone(request) for request in checked])
-
-
-def run_ample(plan: Plan, arm: Arm, workload: Sequence[RequestSpec]) -> RunResult:
-    """Run a workload in memory that suffices for everything."""
-    result = arm.run(workload, limit_s=plan.limit_s)
-    if sum(record.recomputes for record in result.records):
-        raise RuntimeError("Stock preempted with memory for everything: the demand for KV blocks is not known.")
-    return result
-
-
-def run_arms(plan: Plan, scratch: Path, num_blocks: int | None, say: Say) -> dict[str, list[RunResult]]:
-    """Start all arms, warm them up, and run the repeats in rotating order."""
-    runs: dict[str, list[RunResult]] = {policy: [] for policy in plan.policies}
-    with ExitStack() as stack:
-        arms = {}
-        for policy in plan.policies:
-            say(f"Starting arm {policy} ...")
-            settings = replace(plan.engine, policy=policy, num_kv_blocks=num_blocks)
-            arms[policy] = stack.enter_context(Arm(settings, scratch / f"{policy}.log"))
-        for policy, arm in arms.items():
-            say(f"Warming up {policy} ...")
-            arm.run(plan.workloads[0], limit_s=plan.limit_s)
-        for repeat, workload in enumerate(plan.workloads):
-            first = repeat % len(arms)
-            for policy in plan.policies[first:] + plan.policies[:first]:
-                result = arms[policy].run(workload, limit_s=plan.limit_s)
-                runs[policy].append(result)
-                delivered = sum(record.delivered_tokens for record in result.records)
-                rate = delivered / result.run_end_s
-                say(
-                    f"Repeat {repeat + 1}/{len(plan.workloads)}: {policy} {result.run_end_s:.1f} s, {rate:.0f} tokens/s"
-                )
-    return runs

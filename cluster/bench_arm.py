@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cluster.config import SCHEDULERS
-from cluster.workload import RequestRecord, RequestSpec, RunResult
+from cluster.workload import RequestSpec, RunResult
 
 STOCK = "stock"
 OFFLOAD = "offload"
@@ -148,9 +148,7 @@ class Arm:
             RuntimeError: The process ended, or did not answer; with the end of its log.
         """
         line = {"run": [asdict(request) for request in requests], "limit_s": limit_s}
-        answer = self._ask(line, timeout_s=limit_s + 60)
-        answer["records"] = [RequestRecord(**record) for record in answer["records"]]
-        return RunResult(**answer)
+        return RunResult.of(self._ask(line, timeout_s=limit_s + 60))
 
     def close(self) -> None:
         """End the process: by the end of its input, else by signals. Does nothing the second time."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster import bench
 from cluster.bench_arm import ENVIRONMENT
+from cluster.bench_runs import Say
 from cluster.workload import RequestSpec
 from cost_service.learner import CostLearner
 from cost_service.samples import LinkSample
@@ -53,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
     return bench.run_command(options, lambda scratch, say: measure(options, scratch, say), table)
 
 
-def measure(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[str, Any]:
+def measure(options: argparse.Namespace, scratch: Path, say: Say) -> dict[str, Any]:
     """Serve the requests, change the link half-way, and return the report.
 
     Raises:

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import bench, models
+from cluster import bench, bench_runs, models
 from cluster.bench_arm import STOCK, Arm
 from cluster.bench_figures import Calibration, Figures, figures, ratios_of
 from cluster.workload import RunResult
@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
     return bench.run_command(options, lambda scratch, say: sweep(options, scratch, say), table)
 
 
-def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[str, Any]:
+def sweep(options: argparse.Namespace, scratch: Path, say: bench_runs.Say) -> dict[str, Any]:
     """Measure every speed; return the report.
 
     Raises:
@@ -59,8 +59,10 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[st
     plan = bench.plan_of(options, scratch)
     with Arm(plan.engine, scratch / "alone.log") as alone:
         say("Calibrating on an idle stock engine ...")
-        calibration, check = bench.calibrate(plan, alone)
-        demand = statistics.median(bench.run_ample(plan, alone, workload).peak_kv_blocks for workload in plan.workloads)
+        calibration, check = bench_runs.calibrate(plan, alone)
+        demand = statistics.median(
+            bench_runs.run_ample(plan, alone, workload).peak_kv_blocks for workload in plan.workloads
+        )
     num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
     config = models.read_config(Path(plan.engine.model))
     kv_bytes = kv_token_bytes(ModelShape.from_config(config), element_bytes=ELEMENT_BYTES[plan.engine.dtype])
@@ -78,7 +80,7 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench.Say) -> dict[st
         arms = replace(plan, engine=replace(plan.engine, swap=swap, learn=False))
         folder = scratch / f"{speed:g}"
         folder.mkdir()
-        runs = bench.run_arms(arms, folder, num_blocks, say)
+        runs = bench_runs.run_arms(arms, folder, num_blocks, say)
         results[f"{speed:g}"] = {"link_bytes_per_s": link, **compare(runs, calibration)}
         if "recompute" in runs:
             needed = [link_bytes_per_s(result, kv_bytes) for result in runs["recompute"]]

@@ -8,8 +8,9 @@ Rules:
 import math
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 SCHEME = "synthetic:"
 FIRST_TOKEN_ID = 3
@@ -76,6 +77,11 @@ class RunResult:
 
     tokens: dict[str, list[int]]
     """Output token ids by request."""
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, Any]) -> Self:
+        """Read what `asdict` has written."""
+        return cls(**{**mapping, "records": [RequestRecord(**record) for record in mapping["records"]]})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import pytest
 
 from cluster import bench
 from cluster.bench_arm import EngineSettings
+from cluster.bench_progress import Progress
+from cluster.bench_runs import run_arms
 from cluster.bootstrap import has_nvidia_gpu
-from cluster.workload import synthetic
+from cluster.workload import RequestRecord, RunResult, synthetic
 
 ROOT = Path(__file__).parents[1]
 MARK = "ADAPTIVELLM_TEST_MARK"
@@ -116,6 +119,24 @@ def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
     assert "num_gpu_blocks_override" not in unlimited.engine_arguments()
 
 
+def test_runs_that_are_done_need_no_engine(tmp_path: Path) -> None:
+    plan = bench.plan_of(options("--policy", "stock,swap", "--repeats", "2", "--workload", SMALL), tmp_path)
+    done = RunResult(
+        records=[RequestRecord(request_id="a", tenant="t", arrival_s=0.0, first_token_s=1.0, finish_s=2.0, prompt_tokens=4,
+                               output_tokens=2, delivered_tokens=2)],
+        run_end_s=2.0, peak_kv_blocks=1, computed_tokens=5, scheduler={"steps": 2.0}, preemption_costs={},
+        tokens={"a": [1, 2]},
+    )  # fmt: skip
+    progress = Progress(tmp_path / "parts", plan.identity())
+    for repeat in (1, 2):
+        for policy in ("stock", "swap"):
+            progress.part(f"repeat {repeat}, {policy}", lambda: asdict(done))
+    said: list[str] = []
+    runs = run_arms(plan, tmp_path, 8, said.append, Progress(tmp_path / "parts", plan.identity()))
+    assert runs == {"stock": [done, done], "swap": [done, done]}
+    assert said == ["4 of 4 runs were done before"]
+
+
 @pytest.mark.engine
 def test_the_command_measures_every_policy_to_the_token(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
@@ -134,13 +155,14 @@ def test_the_command_measures_every_policy_to_the_token(tmp_path: Path) -> None:
     out, err = command.communicate(timeout=500)
     assert command.returncode == 0, err
     assert processes(mark) == []
-    assert "Repeat 1/1" in err
+    assert "repeat 1/1" in err
+    assert list(tmp_path.iterdir()) == [file], "parts are left behind"
     assert "swap / stock" in out
     assert str(tmp_path) not in file.read_text()
     assert os.uname().nodename not in file.read_text()
     report = json.loads(file.read_text())
     assert set(report) == {
-        "benchmark", "machine", "settings", "calibration", "arms", "interval", "ratio_to_stock",
+        "benchmark", "command", "machine", "settings", "calibration", "arms", "interval", "ratio_to_stock",
         "added_scheduler_us_per_step",
     }  # fmt: skip
     assert list(report["arms"]) == ["stock", "swap", "recompute"]
@@ -157,6 +179,9 @@ def test_the_command_measures_every_policy_to_the_token(tmp_path: Path) -> None:
         assert one["peak_kv_blocks"] < settings["num_kv_blocks"] < settings["demand_kv_blocks"]
         assert one["preemptions"] == one["swaps" if policy == "swap" else "recomputes"] > 0
         assert one["scheduler"]["us_median"] > 0
+        assert len(one["records"]) == 12
+        measured = one["preemption_costs"].get(policy)
+        assert policy == "stock" or measured["measured_s"] > 0 < measured["predicted_s"]
     computed = {policy: arm["repeats"][0]["computed_tokens"] for policy, arm in report["arms"].items()}
     assert computed["swap"] < computed["recompute"]
     for policy in ("swap", "recompute"):

@@ -1,0 +1,152 @@
+"""The runs of a benchmark: an idle engine that tells service times and demand, then every arm in turns.
+
+Rules:
+- One process per arm, all alive, one driven at a time, in an order that rotates from repeat to repeat; in a repeat every
+  arm gets the same requests. A warm-up of each arm is not counted.
+- Every process is ended by its own handle, whatever happens.
+- What is done is kept (`cluster.bench_progress`) and not done again.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.bench_arm import Arm, EngineSettings
+from cluster.bench_figures import Calibration
+from cluster.bench_progress import Progress
+from cluster.workload import RequestRecord, RequestSpec, RunResult
+
+CALIBRATION_LENGTHS, CALIBRATION_TIMES, CHECKED_REQUESTS = 5, 3, 20
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured."""
+
+    policies: tuple[str, ...]
+    source: str
+    workloads: tuple[tuple[RequestSpec, ...], ...]
+    """One per repeat."""
+
+    engine: EngineSettings
+    """Of the stock arm with memory for everything; the arms differ in policy and number of KV blocks."""
+
+    pool_fraction: float
+    limit_s: float
+    check_exact: bool
+
+    @property
+    def least_blocks(self) -> int:
+        """KV blocks without which the engine refuses to start: one request of full length, and vLLM's null block."""
+        return -(-self.engine.max_model_len // self.engine.block_size) + 1
+
+    def identity(self) -> list[Any]:
+        """What makes two plans the same: what is measured, request by request."""
+        return [self.as_report(), [[asdict(request) for request in workload] for workload in self.workloads]]
+
+    def as_report(self) -> dict[str, Any]:
+        """Settings as they stand in the result file; of the model's folder only its name."""
+        engine = asdict(self.engine) | {"model": Path(self.engine.model).name}
+        del engine["policy"], engine["learn"]
+        return engine | {
+            "policies": list(self.policies),
+            "workload": self.source,
+            "different_workloads": len(set(self.workloads)),
+            "repeats": len(self.workloads),
+            "pool_fraction": self.pool_fraction,
+            "limit_s": self.limit_s,
+            "check_exact": self.check_exact,
+        }
+
+
+def measure_alone(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
+    """What an idle stock engine with memory for everything says: service times alone, and the demand for KV blocks."""
+    with Arm(plan.engine, scratch / "alone.log") as alone:
+        say("Calibrating on an idle stock engine ...")
+        calibration, check = calibrate(plan, alone)
+        say(f"  median error on {check['requests']} other requests: {100 * check['median_error']:.1f} %")
+        say("Measuring the demand for KV blocks ...")
+        ample = [asdict(run_ample(plan, alone, workload)) for workload in dict.fromkeys(plan.workloads)]
+        return {"calibration": asdict(calibration), "check": check, "ample": ample, "versions": alone.versions}
+
+
+def calibrate(plan: Plan, arm: Arm) -> tuple[Calibration, dict[str, float]]:
+    """Time requests one at a time, at several prompt lengths; check the fit on requests of the workload."""
+    rng = random.Random(0)
+    workload = plan.workloads[0]
+    prompts = sorted(workload, key=lambda request: len(request.prompt_token_ids))
+    num_output = max(2, round(statistics.median(request.output_tokens for request in workload)))
+    places = [round(i * (len(prompts) - 1) / (CALIBRATION_LENGTHS - 1)) for i in range(CALIBRATION_LENGTHS)]
+    chosen = [replace(prompts[place], output_tokens=num_output) for place in places] * CALIBRATION_TIMES
+    checked = rng.sample(workload, min(CHECKED_REQUESTS, len(workload)))
+
+    def alone(request: RequestSpec) -> RequestRecord:
+        return arm.run([replace(request, arrival_s=0.0)], limit_s=plan.limit_s).records[0]
+
+    for request in chosen[:CALIBRATION_LENGTHS]:
+        alone(request)  # warm-up
+    calibration = Calibration.fit([alone(request) for request in chosen])
+    return calibration, calibration.check([alone(request) for request in checked])
+
+
+def run_ample(plan: Plan, arm: Arm, workload: Sequence[RequestSpec]) -> RunResult:
+    """Run a workload in memory that suffices for everything."""
+    result = arm.run(workload, limit_s=plan.limit_s)
+    if sum(record.recomputes for record in result.records):
+        raise RuntimeError("Stock preempted with memory for everything: the demand for KV blocks is not known.")
+    return result
+
+
+def run_arms(
+    plan: Plan, scratch: Path, num_blocks: int | None, say: Say, progress: Progress | None = None
+) -> dict[str, list[RunResult]]:
+    """Start all arms, warm them up, and run the repeats that are not done yet in rotating order."""
+    progress = progress or Progress(None, None)
+    runs = [(repeat, policy) for repeat in range(len(plan.workloads)) for policy in _rotated(plan.policies, repeat)]
+    todo = [one for one in runs if not progress.has(_name(*one))]
+    if len(todo) < len(runs):
+        say(f"{len(runs) - len(todo)} of {len(runs)} runs were done before")
+    with ExitStack() as stack:
+        arms = {}
+        for policy in plan.policies if todo else ():
+            say(f"Starting arm {policy} ...")
+            settings = replace(plan.engine, policy=policy, num_kv_blocks=num_blocks)
+            arms[policy] = stack.enter_context(Arm(settings, scratch / f"{policy}.log"))
+        for policy, arm in arms.items():
+            say(f"Warming up {policy} ...")
+            arm.run(plan.workloads[0], limit_s=plan.limit_s)
+        began_s = time.monotonic()
+        for done, (repeat, policy) in enumerate(todo, start=1):
+            run = partial(_run, arms[policy], plan.workloads[repeat], plan.limit_s)
+            result = RunResult.of(progress.part(_name(repeat, policy), run))
+            rate = sum(record.delivered_tokens for record in result.records) / result.run_end_s
+            left_s = (time.monotonic() - began_s) / done * (len(todo) - done)
+            say(
+                f"[{'#' * (20 * done // len(todo)):<20}] repeat {repeat + 1}/{len(plan.workloads)}, {policy}: "
+                f"{result.run_end_s:.1f} s, {rate:.0f} tokens/s; about {left_s:.0f} s left"
+            )
+    return {
+        policy: [RunResult.of(progress.part(_name(repeat, policy), dict)) for repeat in range(len(plan.workloads))]
+        for policy in plan.policies
+    }
+
+
+def _run(arm: Arm, workload: Sequence[RequestSpec], limit_s: float) -> dict[str, Any]:
+    return asdict(arm.run(workload, limit_s=limit_s))
+
+
+def _rotated(policies: tuple[str, ...], repeat: int) -> tuple[str, ...]:
+    first = repeat % len(policies)
+    return policies[first:] + policies[:first]
+
+
+def _name(repeat: int, policy: str) -> str:
+    return f"repeat {repeat + 1}, {policy}"
