@@ -99,7 +99,10 @@ class RandomPolicy(FixedPolicy):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptivePolicy:
-    """The pairs of victim and action with the lowest price per useful block.
+    """The pairs of victim and action with the lowest price per useful block, with what the block costs while it is idle.
+
+    Dear preemptions are made rare by large victims, cheap ones are taken from those who free little more than is needed: the
+    best size is about sqrt(2 * pool * growth per second * price), as with lots that are ordered and stored (Harris 1913).
 
     The oldest request of the least-served tenant is never a victim while there is another, so that somebody always ends;
     a request that has given way `max_preemptions` times is one only when all have.
@@ -122,7 +125,8 @@ class AdaptivePolicy:
         while (benefit > 0.0).any() and pressure.num_needed_blocks > 0:
             table_s = table.price(pressure, costs)
             with np.errstate(divide="ignore"):
-                index = int(np.argmin(table_s.min(axis=1) / benefit))
+                idle_s = table.idle_s(pressure, block_size=costs.block_size)
+                index = int(np.argmin(table_s.min(axis=1) / benefit + idle_s))
             victim, benefit[index] = candidates[index], 0.0
             action = Action.SWAP if table_s[index, 1] < table_s[index, 0] else Action.RECOMPUTE
             why = no_swap(victim, pressure) if action is Action.SWAP else None

@@ -89,6 +89,9 @@ class Pressure:
     in_queue_s: float = 0.0
     """Seconds until the link is free for a load, with all those that are waiting for it now."""
 
+    step_s: float = 0.0
+    """Seconds that the last steps took; 0 when nothing is known yet."""
+
     resume_wait_s: float = 0.0
     """Seconds for which a victim waits for blocks anyway; a transfer costs it only what it takes beyond them."""
 
@@ -211,6 +214,18 @@ class CandidateTable:
         else:
             table[self.num_copied > pressure.num_free_host_slots, 1] = np.inf
         return table
+
+    def idle_s(self, pressure: Pressure, *, block_size: int) -> NDArray[np.float64]:
+        """Seconds of engine time per freed block, of shape (candidates,), that a victim's own room lies idle.
+
+        Its blocks are taken one by one by those who grow, and nobody is admitted before the victim has as many again: half
+        of its F blocks lie idle until F are grown, F / 2 of the pool for one block's growth each.
+        """
+        blocks_per_step = pressure.num_running / block_size
+        idle: NDArray[np.float64] = self.num_freed * (
+            pressure.step_s / blocks_per_step / (2 * pressure.num_pool_blocks)
+        )
+        return idle
 
     def _weighted(self, costs: CostSnapshot) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Features, and their weights as far as they follow from the costs alone; built once for each snapshot.

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 HARMLESS_SHARE = 0.5
 """A swap that takes no longer than this share of what the recomputation was to take was no mistake."""
 
+STEP_WEIGHT = 0.1
+"""Of the newest step in the mean."""
+
 Recorder = Callable[[PreemptionPolicy, Sequence[Candidate], Pressure, CostSnapshot, Sequence[PreemptionDecision]], None]
 """Takes note of a choice: policy in force, what it was asked, at what costs, what it answered."""
 
@@ -62,6 +65,9 @@ class Preemptor:
         self.measured_s = dict.fromkeys(Action, 0.0)
         self.num_guarded_steps = 0
         self._step_costs_s = 0.0
+        self.step_s = 0.0
+        """Mean of the last steps."""
+
         self.follow(policy)
 
     def follow(self, policy: PreemptionPolicy) -> None:
@@ -119,6 +125,7 @@ class Preemptor:
         self, now_s: float, step_s: float, *, num_decodes: int, prefills: Sequence[Prefill], num_running: int
     ) -> None:
         """Draw conclusions from a step of a busy engine: the headroom, and whether the prices are right."""
+        self.step_s += STEP_WEIGHT * (step_s - self.step_s) if self.step_s else step_s
         extra_s = self.meter.step(step_s, num_decodes=num_decodes, prefills=prefills)
         costs_s, self._step_costs_s = self._step_costs_s, 0.0
         if not self._policy.ahead or self.guarded:

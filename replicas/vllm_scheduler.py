@@ -270,6 +270,7 @@ class _AdaptiveMixin(Scheduler):
             num_free_host_slots=pool.num_free_slots + pool.num_retained_slots if pool else 0,
             out_queue_s=queues_s[Direction.OUT],
             in_queue_s=queues_s[Direction.IN],
+            step_s=self.preemptor.step_s,
             resume_wait_s=self.preemptor.meter.resume_wait_s,
             swap_excess_s=self.preemptor.meter.swap_excess_s,
             unsafe="the cache is being reset" if self._resetting else self._unsafe,

@@ -195,3 +195,23 @@ def test_the_prices_of_a_decision_are_those_of_its_victim_at_that_moment() -> No
     first, second = AdaptivePolicy().choose(running, pressure(num_needed_blocks=30), fair)
     assert first.prices == prices(running[2], pressure(num_needed_blocks=30), fair)
     assert second.prices.terms_s["swap_wait"] > prices(running[1], pressure(), fair).terms_s["swap_wait"]
+
+
+# Room that lies idle
+
+
+def test_cheap_preemptions_take_a_small_victim_and_dear_ones_a_large_one() -> None:
+    """A step of 50 ms and 12 running: a block is grown in 67 ms, and a pool of 100 is worth 10 ms of it."""
+    small, large = candidate("small", 48), candidate("large", 640)
+    candidates = [candidate("leader", 400, service=-1.0), small, large]
+    around = pressure(num_needed_blocks=1, num_running=12, num_pool_blocks=100, step_s=0.05)
+    for price_s, victim in ((1e-4, "small"), (1.0, "large")):
+        costs = replace(COSTS, recompute_fixed_s=price_s, swap_fixed_s=10 * price_s, token_s=0.0, attention_s=0.0)
+        assert chosen(AdaptivePolicy().choose(candidates, around, costs)) == [(victim, "recompute")]
+
+
+def test_without_a_known_step_idle_room_costs_nothing() -> None:
+    candidates = [candidate("leader", 400, service=-1.0), candidate("small", 48), candidate("large", 640)]
+    costs = replace(COSTS, recompute_fixed_s=1e-4, swap_fixed_s=1e-3, token_s=0.0, attention_s=0.0)
+    around = pressure(num_needed_blocks=1, num_running=12, num_pool_blocks=100)
+    assert chosen(AdaptivePolicy().choose(candidates, around, costs)) == [("large", "recompute")]
