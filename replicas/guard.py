@@ -19,6 +19,7 @@ How modes change:
   and bring theirs; swaps come from probes, one in `probe_every` preemptions.
 - Throughput trips it too: an adaptive window against stock windows of about the same load, all under pressure. The guard
   never asks for stock windows in order to compare. Nothing shadows throughput: a return is a new try, judged again.
+- It judges prices: with other prices (`start_over`) old errors say nothing, and a trip for their sake ends.
 - It returns `hold_s` after the trip at the earliest. A relapse within `cooldown_s` of a return doubles that time.
 - The same calls give the same answers; time is a parameter and never runs backwards.
 """
@@ -170,6 +171,12 @@ class Guard:
         if complaint is not None and not self.active:
             self._trip(complaint, blamed=None)
         self._review()
+
+    def start_over(self) -> None:
+        """Prices are others than those that were judged so far."""
+        self._errors = {action: _RunningMean(self.settings.window_samples) for action in Action}
+        if self._blamed is not None:
+            self._since_s, self._reason, self._blamed = self._now_s, None, None
 
     def allow_probe(self) -> bool:
         """Whether the preemption at hand may be adaptive although the guard is active; ask once for each, only then."""

@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 HARMLESS_SHARE = 0.5
 """A swap that takes no longer than this share of what the recomputation was to take was no mistake."""
 
+OTHER_PRICES = 1.5
+"""Costs that price a preemption so many times higher, or lower, are others than before; within it they are refined."""
+
+EXAMPLE_TOKENS = 256
+"""Of the preemption whose prices are compared."""
+
 STEP_WEIGHT = 0.1
 """Of the newest step in the mean."""
 
@@ -51,7 +57,7 @@ class Preemptor:
             guard: None: nothing ever takes over from the policy.
             record: Called with every choice.
         """
-        self.costs = costs
+        self._costs = costs
         self.guard = Guard(guard) if guard is not None else None
         self.meter = meter if meter is not None else PreemptionMeter()
         self.headroom = Headroom()
@@ -69,6 +75,20 @@ class Preemptor:
         """Mean of the last steps."""
 
         self.follow(policy)
+
+    @property
+    def costs(self) -> CostSnapshot:
+        """What preemptions are priced by."""
+        return self._costs
+
+    @costs.setter
+    def costs(self, costs: CostSnapshot) -> None:
+        factors = (new / old for new, old in zip(_example_s(costs), _example_s(self._costs), strict=True))
+        self._costs = costs
+        if self.guard is not None and any(not 1 / OTHER_PRICES < factor < OTHER_PRICES for factor in factors):
+            was = self.guard.active
+            self.guard.start_over()
+            self._say(was)
 
     def follow(self, policy: PreemptionPolicy) -> None:
         """Decide by this policy from now on."""
@@ -181,3 +201,11 @@ class Preemptor:
             logger.warning("Preemptions follow vLLM's own behaviour for now: %s", self.guard.reason)
         elif was and not self.guard.active:
             logger.warning("Preemptions follow the %s policy again: its predictions are good.", self.name)
+
+
+def _example_s(costs: CostSnapshot) -> tuple[float, float]:
+    """Prices of recomputing and of swapping a request of common size, at least a microsecond each."""
+    blocks = -(-EXAMPLE_TOKENS // costs.block_size)
+    block_s = costs.out_block_s + costs.in_block_s + costs.link_out_block_s + costs.link_in_block_s
+    swap_s = 2 * (costs.swap_fixed_s + costs.link_latency_s) + blocks * block_s
+    return max(1e-6, prefill_s([(0, EXAMPLE_TOKENS)], num_decodes=0, costs=costs)), max(1e-6, swap_s)

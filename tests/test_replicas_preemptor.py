@@ -137,3 +137,42 @@ def test_another_policy_is_followed_from_the_next_choice_on() -> None:
     engine.preempt()
     assert engine.actions == [Action.SWAP, Action.RECOMPUTE]
     assert not preemptor.ahead
+
+
+def guarded_by_wrong_prices() -> tuple[Preemptor, Engine]:
+    preemptor = adaptive()
+    engine = Engine(preemptor, token_s=COSTS.token_s / 10, swap_s=0.1)
+    for _ in range(20):
+        engine.step(Prefill(request_id="new", first=0, num_tokens=300))
+    for _ in range(12):
+        engine.preempt()
+    assert preemptor.guarded
+    return preemptor, engine
+
+
+def test_other_prices_end_what_the_old_ones_have_brought_about() -> None:
+    preemptor, engine = guarded_by_wrong_prices()
+    preemptor.costs = replace(COSTS, token_s=COSTS.token_s / 10)
+    assert not preemptor.guarded
+    for _ in range(20):
+        engine.preempt()
+    assert not preemptor.guarded
+    preemptor.guard.check()  # type: ignore[union-attr]
+
+
+def test_prices_that_are_only_refined_are_judged_as_before() -> None:
+    preemptor, _ = guarded_by_wrong_prices()
+    preemptor.costs = replace(COSTS, token_s=COSTS.token_s / 1.2)
+    assert preemptor.guarded
+
+
+def test_other_prices_do_not_end_what_a_loss_of_throughput_has_brought_about() -> None:
+    preemptor = adaptive(guard=GuardSettings(window_s=1.0))
+    assert preemptor.guard is not None
+    for second, (tokens, adaptively) in enumerate([(100, False)] * 4 + [(10, True)] * 4):
+        preemptor.guard.observe_throughput(
+            float(second), num_tokens=tokens, num_preemptions=1, num_running=8, adaptive=adaptively
+        )
+    assert preemptor.guarded
+    preemptor.costs = replace(COSTS, token_s=COSTS.token_s / 10)
+    assert preemptor.guarded
