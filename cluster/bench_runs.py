@@ -20,7 +20,9 @@ from typing import Any
 from cluster.bench_arm import Arm, EngineSettings
 from cluster.bench_figures import Calibration
 from cluster.bench_progress import Progress
-from cluster.workload import RequestRecord, RequestSpec, RunResult
+from cluster.prompts import RequestSpec
+from cluster.records import RequestRecord, RunResult
+from cluster.workload import Workload
 
 CALIBRATION_LENGTHS, CALIBRATION_TIMES, CHECKED_REQUESTS = 5, 3, 20
 
@@ -32,9 +34,12 @@ class Plan:
     """What is measured."""
 
     policies: tuple[str, ...]
-    source: str
+    workload: Workload
     workloads: tuple[tuple[RequestSpec, ...], ...]
-    """One per repeat."""
+    """Its requests, for every repeat."""
+
+    dropped: dict[str, int]
+    """Requests that were left out of them, by reason."""
 
     engine: EngineSettings
     """Of the stock arm with memory for everything; the arms differ in policy and number of KV blocks."""
@@ -58,7 +63,8 @@ class Plan:
         del engine["policy"], engine["learn"]
         return engine | {
             "policies": list(self.policies),
-            "workload": self.source,
+            "workload": self.workload.as_report(),
+            "dropped_requests": self.dropped,
             "different_workloads": len(set(self.workloads)),
             "repeats": len(self.workloads),
             "pool_fraction": self.pool_fraction,
