@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, repeat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,22 +40,20 @@ class Arrivals:
     def times_s(self, rng: random.Random) -> Iterator[float]:
         """Yield the times; a gap is drawn only when the time after it is asked for."""
         peak = max(self.rate, self.rate_end or 0.0)
-        work_s = 0.0  # seconds at the peak rate that bring as many requests
-        while True:
-            active_s = self._active_s(work_s, peak)
-            after_s = self._with_pauses(active_s)
+        for work_s in repeat(0.0) if self.at_once else self._work_s(rng, peak):
+            after_s = self._with_pauses(self._active_s(work_s, peak))
             if self.duration_s is not None and after_s >= self.duration_s:
                 return
             yield self.start_s + after_s
-            if not self.at_once:
-                work_s += self._gap_s(rng, peak)
 
-    def _gap_s(self, rng: random.Random, rate: float) -> float:
+    def _work_s(self, rng: random.Random, rate: float) -> Iterator[float]:
+        """Times in a stream of that rate alone."""
         if self.cv == 0:
-            return 1.0 / rate
-        if self.cv == 1:
-            return rng.expovariate(rate)
-        return rng.gammavariate(self.cv**-2, self.cv**2 / rate)
+            yield from (number / rate for number in count())
+        work_s = 0.0
+        while True:
+            yield work_s
+            work_s += rng.expovariate(rate) if self.cv == 1 else rng.gammavariate(self.cv**-2, self.cv**2 / rate)
 
     def _active_s(self, work_s: float, peak: float) -> float:
         """Seconds of being on until the ramp has brought that much: the root of rate t + slope t^2 / 2 = peak work."""

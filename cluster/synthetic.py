@@ -96,6 +96,8 @@ class Stream:
         check_vocab(self.vocab)
 
     def _check_together(self) -> None:
+        if self.cv and not 0.01 <= self.cv <= 100:
+            raise ValueError("Workload key cv must be 0, or between 0.01 and 100.")
         if self.off is not None and self.on is None:
             raise ValueError("Workload key off needs the key on.")
         if self.rate_end is not None and (self.duration is None or not 0 < max(self.rate, self.rate_end) < math.inf):
