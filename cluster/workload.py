@@ -91,7 +91,7 @@ class Workload:
         if self.max_tokens:
             requests = cut(requests, self.max_tokens)
         if context_tokens:
-            requests = within_context(requests, context_tokens, counted)
+            requests = within_context(requests, context_tokens, counted, name=self.source_name)
         first = next(requests, None)
         if first is None:
             raise ValueError("No request is left of the --trace: widen its --window, or see what is dropped.")
@@ -123,12 +123,17 @@ class Workload:
         synthetic, flood = self._synthetic(), self._flood()
         return max(synthetic.vocab if synthetic else 0, flood.vocab if flood else 0)
 
-    def as_report(self) -> dict[str, Any]:
-        """What is given, as it stands in a result file; of a trace's path only its name."""
+    @property
+    def source_name(self) -> str:
+        """The source; of a trace's path only the last part."""
         source, _, path = self.trace.partition(":")
+        return self.trace if self._synthetic() else f"{source}:{Path(path).name}"
+
+    def as_report(self) -> dict[str, Any]:
+        """What is given, as it stands in a result file."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         changed = {field.name: given[field.name] for field in fields(self) if given[field.name] != field.default}
-        return changed | {"trace": self.trace if self._synthetic() else f"{source}:{Path(path).name}"}
+        return changed | {"trace": self.source_name}
 
     def _scaled_in_length(self, dropped: Counter[str] | None) -> Iterator[TraceRequest]:
         """The source with all changes but those of time and number."""

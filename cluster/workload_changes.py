@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from cluster.synthetic import Stream, zipf_shares
-from cost_service.traces import BadLineError, TraceRequest
+from cost_service.traces import TraceRequest
 
 
 def within_window(requests: Iterable[TraceRequest], from_s: float, to_s: float) -> Iterator[TraceRequest]:
@@ -72,9 +72,9 @@ def cut(requests: Iterable[TraceRequest], max_tokens: int) -> Iterator[TraceRequ
 
 
 def within_context(
-    requests: Iterable[TraceRequest], context_tokens: int, dropped: Counter[str] | None
+    requests: Iterable[TraceRequest], context_tokens: int, dropped: Counter[str] | None, *, name: str
 ) -> Iterator[TraceRequest]:
-    """Those that fit into a model's context; with `dropped`, longer ones are left out and counted there.
+    """Those of the source of that name that fit into a model's context; with `dropped`, others are counted there instead.
 
     Raises:
         ValueError: One does not fit, without `dropped`.
@@ -84,11 +84,10 @@ def within_context(
         if num_tokens <= context_tokens:
             yield request
         elif dropped is None:
-            where = f" in line {request.line} of the trace" if request.line else ""
-            raise BadLineError(
-                "context",
-                f"The request{where} has {num_tokens} tokens and the model's context {context_tokens}: shorten requests by "
-                "--max-tokens or --length-scale, or leave long ones out by --bad-requests drop.",
+            line = f"line {request.line} of " if request.line else ""
+            raise ValueError(
+                f"A request in {line}{name} has {num_tokens} tokens and the model's context {context_tokens}: shorten "
+                "requests by --max-tokens or --length-scale, or leave long ones out by --bad-requests drop."
             )
         else:
             dropped["context"] += 1

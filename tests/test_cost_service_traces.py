@@ -151,7 +151,7 @@ def test_wrong_lines_of_json_can_be_left_out_too(tmp_path: Path) -> None:
 def test_a_missing_column_is_not_left_out_but_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("arrival_s,tenant\n1,a\n")
-    with pytest.raises(ValueError, match="Line 1 of .* has no prompt_tokens"):
+    with pytest.raises(ValueError, match=r"Line 1 of .* has no prompt_tokens"):
         list(read_trace(f"csv:{path}", Counter()))
 
 
