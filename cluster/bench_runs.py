@@ -61,16 +61,19 @@ class Plan:
         """Settings as they stand in the result file; of the model's folder only its name."""
         engine = asdict(self.engine) | {"model": Path(self.engine.model).name}
         del engine["policy"], engine["learn"]
-        return engine | {
-            "policies": list(self.policies),
-            "workload": self.workload.as_report(),
-            "dropped_requests": self.dropped,
-            "different_workloads": len(set(self.workloads)),
-            "repeats": len(self.workloads),
-            "pool_fraction": self.pool_fraction,
-            "limit_s": self.limit_s,
-            "check_exact": self.check_exact,
-        }
+        return (
+            engine
+            | self.workload.as_report()
+            | {
+                "policies": list(self.policies),
+                "dropped_requests": self.dropped,
+                "different_workloads": len(set(self.workloads)),
+                "repeats": len(self.workloads),
+                "pool_fraction": self.pool_fraction,
+                "limit_s": self.limit_s,
+                "check_exact": self.check_exact,
+            }
+        )
 
 
 def measure_alone(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
