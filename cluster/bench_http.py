@@ -89,7 +89,7 @@ def main(options: argparse.Namespace) -> int:
             servers.append(start_plain(file.args, folder, Path(scratch), port=8131))
             servers.append(start_ours(options.config, Path(scratch), port=8132))
             report = measure(servers, rounds, options.streams, file.args.model.id) | {"workload": workload.as_report()}
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     finally:

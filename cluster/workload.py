@@ -1,7 +1,7 @@
 """The requests that a command serves or simulates: a source, changed as its options say.
 
-Changes are made in this order: the source is cut to a window, given tenants, scaled in length, scaled in rate; a flood is
-added at its own rate and lengths; the first requests are taken, and those that are too long are cut.
+Changes are made in this order: of the source a window is taken, and of that the first requests; they are given tenants,
+scaled in length and in rate; a flood is added at its own rate and lengths; requests that are too long are cut.
 """
 
 import argparse
@@ -87,7 +87,6 @@ class Workload:
             requests = at_scaled_rate(requests, factor)
         if flood := self._flood():
             requests = with_flood(requests, flood, seed=self.seed)
-        requests = islice(requests, self.first)
         if self.max_tokens:
             requests = cut(requests, self.max_tokens)
         if context_tokens:
@@ -141,6 +140,7 @@ class Workload:
         requests = synthetic.requests(self.seed) if synthetic else read_trace(self.trace, dropped)
         if bounds_s := self._bounds_s():
             requests = within_window(requests, *bounds_s)
+        requests = islice(requests, self.first)
         if self.tenants or (not synthetic and self.trace.partition(":")[0] in WITHOUT_TENANTS):
             requests = with_tenants(requests, self.tenants or 1, zipf=self.tenant_skew, seed=self.seed)
         if self.length_scale:
@@ -183,6 +183,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser, default: str) -> Non
     )
     group.add_argument("--trace", metavar="SOURCE", help=f"requests (default: {default})")
     group.add_argument("--window", metavar="FROM:TO", help="only what arrives in these seconds, such as 600:1200")
+    group.add_argument("--first", type=int, metavar="N", help="only the first N of them")
     group.add_argument("--tenants", type=int, metavar="N", help="tenants of a trace that has none (default: 1)")
     group.add_argument(
         "--tenant-skew", type=float, default=1.0, metavar="S", help="their k-th one's share is as k^-S (default: 1)"
@@ -197,7 +198,6 @@ def add_workload_arguments(parser: argparse.ArgumentParser, default: str) -> Non
         metavar="KEY=VALUE,...",
         help="add one more stream, with the keys of synthetic:, such as rate=20,start=60",
     )
-    group.add_argument("--first", type=int, metavar="N", help="only the first N requests")
     group.add_argument(
         "--max-tokens", type=int, metavar="N", help="cut longer requests; prompt and output keep half of it at least"
     )

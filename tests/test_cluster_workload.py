@@ -44,7 +44,7 @@ def test_every_option_reaches_the_workload() -> None:
         "--max-tokens", "50", "--flood", "rate=1,cv=0,tenant=x,prompt_mean=9", "--bad-requests", "drop", "--seed", "5",
     )  # fmt: skip
     requests = list(workload_of(given, default="").requests())
-    assert len(requests) == 30
+    assert Counter(one.tenant for one in requests) == {"a": 30, "x": 15}
     assert [one.arrival_s for one in requests if one.tenant == "a"][:4] == [0, 0.5, 1, 1.5]
     assert Counter(one.tenant for one in requests[:9]) == {"a": 6, "x": 3}
     # 60 and 80 tokens are halved, and 70 cut to 50; the flood's 9 and 80 on average only cut
@@ -62,6 +62,13 @@ def test_every_reading_is_the_same_and_a_seed_changes_it() -> None:
 def test_a_rate_is_met_whatever_the_sources_own() -> None:
     requests = list(Workload(trace=STEADY, rate=5).requests())
     assert {round(after.arrival_s - before.arrival_s, 9) for before, after in pairwise(requests)} == {0.2}
+
+
+def test_a_rate_is_that_of_the_requests_that_are_taken() -> None:
+    source = "synthetic:tenant=a,rate=1,cv=0,duration=50/tenant=a,rate=10,start=50"
+    for given in ({"first": 40}, {"window": "50:70"}, {}):
+        times_s = [one.arrival_s for one in Workload(trace=source, rate=4, **given).requests()]  # type: ignore[arg-type]
+        assert (len(times_s) - 1) / (times_s[-1] - times_s[0]) == pytest.approx(4)
 
 
 def test_a_source_of_any_length_is_read_as_far_as_it_is_asked_for() -> None:
