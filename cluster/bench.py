@@ -18,26 +18,31 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+from cluster import models
 from cluster.bench_arm import OFFLOAD, STOCK, EngineSettings
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
-from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder
+from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder, number_in
 from cluster.bench_progress import Progress
 from cluster.bench_runs import Plan, Say, measure_alone, run_arms
 from cluster.bootstrap import has_nvidia_gpu
-from cluster.workload import RequestSpec, RunResult, SyntheticSource
+from cluster.prompts import RequestSpec
+from cluster.records import RunResult
+from cluster.workload import Workload, add_workload_arguments, workload_of
+from cluster.workload_summary import describe
 from replicas.config import PreemptionPolicy
 
 POLICIES = (STOCK, *(policy.value for policy in PreemptionPolicy), OFFLOAD)
 BLOCK_SIZE = 32  # tokens; the smallest that attention on CPU takes
-PRESSURE = {"workload": "synthetic:requests=480,rate=80", "pool_fraction": 0.4, "max_num_seqs": 32}
+PRESSURE = {"trace": "synthetic:requests=480,rate=80", "pool_fraction": 0.4, "max_num_seqs": 32}
 OFF_PRESSURE = {
-    "workload": "synthetic:requests=256,rate=inf,prompt_mean=16,prompt_max=16,output_mean=64,output_max=64,spread=0",
+    "trace": "synthetic:requests=256,rate=inf,prompt_mean=16,prompt_max=16,output_mean=64,output_max=64,spread=0",
     "pool_fraction": 0.0,
     "max_num_seqs": 256,
 }
@@ -46,7 +51,6 @@ OFF_PRESSURE = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="stock,swap", metavar="A,B", help=f"arms, of {', '.join(POLICIES)}")
     parser.add_argument("--repeats", type=int, default=3, help="counted runs per arm (default: 3)")
-    parser.add_argument("--workload", metavar="SOURCE", help=f"requests of a run (default: {PRESSURE['workload']})")
     parser.add_argument(
         "--vary-seed", action="store_true", help="other requests in every repeat, the same for all arms"
     )
@@ -68,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check-exact", action="store_true", help="compare all tokens with stock's in ample memory (float32, greedy)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    add_workload_arguments(parser, default=str(PRESSURE["trace"]))
 
 
 def main(options: argparse.Namespace) -> int:
@@ -90,13 +95,19 @@ def run_command(
     work: Callable[[Path, "Say"], dict[str, Any]],
     render: Callable[[dict[str, Any]], str],
 ) -> int:
-    """Run a benchmark in a scratch folder, print its table, write `--json`; return the exit status of `main`."""
+    """Run a benchmark in a scratch folder, print its table, write `--json`; return the exit status of `main`.
+
+    With `--describe` it prints what the workload is instead.
+    """
     started_s = time.monotonic()
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started_s:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
+        if options.describe:
+            print(described(options))
+            return 0
         with tempfile.TemporaryDirectory(prefix="adaptivellm-") as scratch, _terminated_like_interrupted():
             report = work(Path(scratch), say)
         print(render(report))
@@ -136,25 +147,15 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
     Raises:
         ValueError: An option is wrong, or does not fit the model.
     """
-    given = vars(options).copy()
-    for name, value in (OFF_PRESSURE if options.off_pressure else PRESSURE).items():
-        if given[name] is None:
-            given[name] = value
-        elif options.off_pressure:
-            raise ValueError(f"--off-pressure sets --{name.replace('_', '-')} itself: leave one of them out.")
+    given = vars(options) | preset(options)
     accelerator = "gpu" if has_nvidia_gpu() else "cpu"
     check_options(given, accelerator)
-    source = SyntheticSource.parse(given["workload"])
-    seeds = [source.seed + (repeat if options.vary_seed else 0) for repeat in range(options.repeats)]
-    workloads = tuple(replace(source, seed=seed).generate() for seed in seeds)
-    longest = max(request.num_tokens for workload in workloads for request in workload)
-    folder = model_folder(
-        options.model,
-        scratch / "model",
-        config=RANDOM_MODELS[options.random_model],
-        vocab=source.vocab,
-        longest=longest,
-    )
+    workload = workload_of(options, default=given["trace"])
+    folder = model_folder(options.model, scratch / "model", config=RANDOM_MODELS[options.random_model])
+    seeds = [workload.seed + (repeat if options.vary_seed else 0) for repeat in range(options.repeats)]
+    dropped = Counter[str]()
+    workloads = read_workloads(workload, models.read_config(folder), seeds, dropped)
+    longest = max(request.num_tokens for requests in workloads for request in requests)
     dummy = not options.model and options.random_model in DUMMY
     engine = EngineSettings(
         model=str(folder),
@@ -171,13 +172,53 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
     )
     return Plan(
         policies=tuple(options.policy.split(",")),
-        source=given["workload"],
+        workload=workload,
         workloads=workloads,
+        dropped=dict(dropped),
         engine=engine,
         pool_fraction=given["pool_fraction"],
         limit_s=options.limit_s,
         check_exact=options.check_exact,
     )
+
+
+def preset(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that depend on `--off-pressure`, as they were given or as they are then.
+
+    Raises:
+        ValueError: Both were given.
+    """
+    values = OFF_PRESSURE if options.off_pressure else PRESSURE
+    given = {name: getattr(options, name) for name in values if getattr(options, name) is not None}
+    if given and options.off_pressure:
+        raise ValueError(f"--off-pressure sets --{next(iter(given)).replace('_', '-')} itself: leave one of them out.")
+    return values | given
+
+
+def described(options: argparse.Namespace) -> str:
+    """What the workload is, whatever the model.
+
+    Raises:
+        ValueError: It is wrong.
+    """
+    dropped = Counter[str]()
+    return describe(workload_of(options, default=preset(options)["trace"]).requests(dropped), dropped)
+
+
+def read_workloads(
+    workload: Workload, config: Mapping[str, Any], seeds: Sequence[int], dropped: Counter[str]
+) -> tuple[tuple[RequestSpec, ...], ...]:
+    """Requests for every seed, in the model's vocabulary and as long as its context allows; equal ones are read once.
+
+    Raises:
+        ValueError: The workload is wrong or does not fit the model.
+    """
+    vocab, context = number_in(config, "vocab_size"), config.get("max_position_embeddings")
+    read = {
+        seed: replace(workload, seed=seed).prompted(vocab, dropped, context_tokens=context)
+        for seed in dict.fromkeys(seeds)
+    }
+    return tuple(read[seed] for seed in seeds)
 
 
 def check_options(given: dict[str, Any], accelerator: str) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from cluster.config import SCHEDULERS
-from cluster.workload import RequestSpec, RunResult
+from cluster.prompts import RequestSpec
+from cluster.records import RunResult
 
 STOCK = "stock"
 OFFLOAD = "offload"

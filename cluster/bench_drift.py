@@ -16,13 +16,13 @@ from typing import Any
 from cluster import bench
 from cluster.bench_arm import ENVIRONMENT
 from cluster.bench_runs import Say
-from cluster.workload import RequestSpec
+from cluster.prompts import RequestSpec
 from cost_service.learner import CostLearner
 from cost_service.samples import LinkSample
 from cost_service.service import REFIT_INTERVAL_S
 from cost_service.snapshot import CostSnapshot
 
-WORKLOAD = "synthetic:requests=240,rate=inf,prompt_mean=80,prompt_max=300,output_mean=150,output_max=300,spread=0.5"
+TRACE = "synthetic:requests=240,rate=inf,prompt_mean=80,prompt_max=300,output_mean=150,output_max=300,spread=0.5"
 ASKED_ERROR, ASKED_COPIES = 0.20, 100
 NEWEST = 16
 """Transfers whose median error counts as the error at a moment."""
@@ -44,7 +44,7 @@ class Judged:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench.add_arguments(parser)
-    parser.set_defaults(policy="swap", random_model="tiny", workload=WORKLOAD, pool_fraction=0.3)
+    parser.set_defaults(policy="swap", random_model="tiny", trace=TRACE, pool_fraction=0.3)
     parser.add_argument("--link-bytes-per-s", type=float, default=2e7, help="speed at first (default: 2e7)")
     parser.add_argument("--change-by", type=float, default=0.25, help="factor on the speed half-way (default: 0.25)")
 
@@ -90,7 +90,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
     """
     before, after = ([one.error for one in judged if one.changed is side] for side in (False, True))
     if min(len(before), len(after)) < 2 * NEWEST:
-        raise ValueError("There were too few transfers: raise requests= of --workload, or lower --pool-fraction.")
+        raise ValueError("There were too few transfers: raise requests= of --trace, or lower --pool-fraction.")
     medians = [statistics.median(after[end - NEWEST : end]) for end in range(NEWEST, len(after) + 1)]
     wrong = [end for end, median in enumerate(medians) if median > ASKED_ERROR]
     copies = NEWEST + wrong[-1] + 1 if wrong else 0

@@ -23,7 +23,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.bench_arm import EngineSettings
-from cluster.workload import RequestRecord, RequestSpec, RunResult
+from cluster.prompts import RequestSpec
+from cluster.records import RequestRecord, RunResult
 from cost_service.learner import CostLearner
 
 

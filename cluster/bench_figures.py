@@ -17,7 +17,7 @@ from itertools import combinations, groupby
 from operator import itemgetter
 from typing import Any, Self
 
-from cluster.workload import RequestRecord
+from cluster.records import RequestRecord
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 

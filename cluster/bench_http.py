@@ -2,7 +2,9 @@
 
 Rules:
 - Both servers have the same engine arguments and both are up; one is driven at a time, in alternating order, after a
-  warm-up of each. Requests are streamed and greedy, with a fixed number of output tokens.
+  warm-up of each. Requests are those of a workload with other prompts in every round, streamed and greedy, with as many
+  output tokens as it says; all of them are of one tenant. They come when the workload says, as far as `--streams` allows,
+  and times count from their sending.
 - Ratios are per round (ours / plain), with the median and a 95 % interval over rounds.
 """
 
@@ -16,17 +18,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from cluster import keys, models
+from cluster.bench_model import number_in
 from cluster.config import AppArgs, load
+from cluster.prompts import RequestSpec
 from cluster.serve import DEFAULT_CONFIG
+from cluster.workload import Workload, add_workload_arguments, workload_of
+from cluster.workload_summary import describe
 
 START_TIMEOUT_S = 600
+TRACE = "synthetic:requests=72,rate=inf,spread=0,prompt_mean=20,output_mean=48"
+
+Round = tuple[tuple[RequestSpec, ...], tuple[RequestSpec, ...]]
+"""Requests that are sent one by one, and those that are sent when they arrive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,25 +63,33 @@ class Server:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="Serve config file (default: %(default)s)")
-    parser.add_argument("--streams", type=int, default=24, help="concurrent streams (default: 24)")
-    parser.add_argument("--requests", type=int, default=72, help="requests per round with all streams (default: 72)")
+    parser.add_argument("--streams", type=int, default=24, help="concurrent streams at most (default: 24)")
     parser.add_argument("--alone", type=int, default=6, help="requests per round one by one (default: 6)")
-    parser.add_argument("--output-tokens", type=int, default=48, help="tokens per answer (default: 48)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per server (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    add_workload_arguments(parser, default=TRACE)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Start both servers, measure, end both; 0, or 2 when one does not start."""
-    file = load(options.config)
-    folder = models.prepare(file.args.model.source, file.args.state.path, lambda text: print(text, file=sys.stderr))
+    """Start both servers, measure, end both; 0, or 2 when an option is wrong or one does not start."""
     servers: list[Server] = []
     try:
+        workload = workload_of(options, default=TRACE)
+        if options.describe:
+            dropped = Counter[str]()
+            print(describe(workload.requests(dropped), dropped))
+            return 0
+        for name in ("streams", "alone", "rounds"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} must be above 0.")
+        file = load(options.config)
+        folder = models.prepare(file.args.model.source, file.args.state.path, lambda text: print(text, file=sys.stderr))
+        rounds = make_rounds(workload, options, folder, file.args.replicas.max_model_len)
         with tempfile.TemporaryDirectory() as scratch:
             servers.append(start_plain(file.args, folder, Path(scratch), port=8131))
             servers.append(start_ours(options.config, Path(scratch), port=8132))
-            report = measure(servers, options, file.args.model.id)
-    except (RuntimeError, ValueError) as error:
+            report = measure(servers, rounds, options.streams, file.args.model.id) | {"workload": workload.as_report()}
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -79,6 +99,22 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
+
+
+def make_rounds(workload: Workload, options: argparse.Namespace, folder: Path | None, context: int) -> list[Round]:
+    """Requests of the warm-up and of every round; none has a prompt of another, which a prefix cache would know.
+
+    Raises:
+        ValueError: The workload is wrong or does not fit the model.
+    """
+    vocab = number_in(models.read_config(folder), "vocab_size") if folder else workload.source_vocab
+    if not vocab:
+        raise ValueError(
+            "Prompts of a trace need the model's vocabulary: name the model by its folder, not by a hub id."
+        )
+    seeds = range(workload.seed, workload.seed + 2 * (options.rounds + 1))
+    made = [replace(workload, seed=seed).prompted(vocab, context_tokens=context) for seed in seeds]
+    return [(alone[: options.alone], full) for alone, full in zip(made[::2], made[1::2], strict=True)]
 
 
 def start_plain(args: AppArgs, folder: Path | None, scratch: Path, *, port: int) -> Server:
@@ -167,59 +203,60 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def measure(servers: list[Server], options: argparse.Namespace, model: str) -> dict[str, Any]:
-    """Drive the servers in alternating order; return figures per server and round, and ratios."""
-    rounds: list[dict[str, Any]] = []
-    for number in range(-1, options.rounds):
-        order = servers if number % 2 else servers[::-1]
+def measure(servers: list[Server], rounds: Sequence[Round], streams: int, model: str) -> dict[str, Any]:
+    """Drive the servers in alternating order, the first round to warm them up; return figures per round, and ratios."""
+    results: list[dict[str, Any]] = []
+    for number, (alone, full) in enumerate(rounds):
         result: dict[str, Any] = {}
-        for server in order:
-            alone = asyncio.run(drive(server, model, 1, options.alone, options.output_tokens, number))
-            full = asyncio.run(drive(server, model, options.streams, options.requests, options.output_tokens, number))
-            result[server.name] = {"alone": asdict(alone), "streams": asdict(full)}
-        if number < 0:
+        for server in servers[::-1] if number % 2 else servers:
+            one_by_one = [replace(request, arrival_s=0.0) for request in alone]
+            result[server.name] = {
+                "alone": asdict(asyncio.run(drive(server, model, one_by_one, streams=1))),
+                "streams": asdict(asyncio.run(drive(server, model, full, streams=streams))),
+            }
+        if number == 0:
             continue  # warm-up
-        rounds.append(result)
-        print(f"round {number + 1}/{options.rounds}: {json.dumps(result)}", file=sys.stderr, flush=True)
+        results.append(result)
+        print(f"round {number}/{len(rounds) - 1}: {json.dumps(result)}", file=sys.stderr, flush=True)
     return {
         "definition": "ours / plain per round; ttft in seconds; one replica each, same engine arguments",
-        "streams": options.streams,
+        "streams": streams,
         "start_s": {server.name: round(server.start_s, 1) for server in servers},
-        "rounds": rounds,
-        "throughput_ratio": summary([ratio(r, "streams", "throughput_tokens_per_s") for r in rounds]),
-        "throughput_ratio_alone": summary([ratio(r, "alone", "throughput_tokens_per_s") for r in rounds]),
-        "added_ttft_ms": summary([added_ms(r, "streams") for r in rounds]),
-        "added_ttft_ms_alone": summary([added_ms(r, "alone") for r in rounds]),
+        "rounds": results,
+        "throughput_ratio": summary([ratio(r, "streams", "throughput_tokens_per_s") for r in results]),
+        "throughput_ratio_alone": summary([ratio(r, "alone", "throughput_tokens_per_s") for r in results]),
+        "added_ttft_ms": summary([added_ms(r, "streams") for r in results]),
+        "added_ttft_ms_alone": summary([added_ms(r, "alone") for r in results]),
     }
 
 
-async def drive(server: Server, model: str, streams: int, requests: int, output_tokens: int, seed: int) -> Figures:
-    """Send `requests` streamed completions, `streams` at a time."""
-    waiting = list(range(requests))
+async def drive(server: Server, model: str, requests: Sequence[RequestSpec], *, streams: int) -> Figures:
+    """Send every request when it arrives, or as soon after that as there are fewer than `streams`."""
+    waiting = deque(requests)
     ttfts_s: list[float] = []
     limits = httpx.Limits(max_connections=streams)
     async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
 
         async def one_after_another() -> None:
             while waiting:
-                number = waiting.pop()
-                prompt = f"{seed}-{number}: Tell me the story of the fox, the dog and the river in the forest."
-                ttfts_s.append(await _stream_once(client, server.key, model, prompt, output_tokens))
+                request = waiting.popleft()
+                await asyncio.sleep(max(0.0, request.arrival_s - (time.perf_counter() - started_s)))
+                ttfts_s.append(await _stream_once(client, server.key, model, request))
 
         started_s = time.perf_counter()
         await asyncio.gather(*(one_after_another() for _ in range(streams)))
         took_s = time.perf_counter() - started_s
     return Figures(
-        throughput_tokens_per_s=round(requests * output_tokens / took_s, 2),
+        throughput_tokens_per_s=round(sum(request.output_tokens for request in requests) / took_s, 2),
         ttft_s_p50=round(statistics.median(ttfts_s), 5),
         ttft_s_mean=round(statistics.fmean(ttfts_s), 5),
     )
 
 
-async def _stream_once(client: httpx.AsyncClient, key: str, model: str, prompt: str, output_tokens: int) -> float:
+async def _stream_once(client: httpx.AsyncClient, key: str, model: str, request: RequestSpec) -> float:
     body = {
-        "model": model, "prompt": prompt, "max_tokens": output_tokens, "min_tokens": output_tokens, "ignore_eos": True,
-        "temperature": 0, "stream": True,
+        "model": model, "prompt": list(request.prompt_token_ids), "max_tokens": request.output_tokens,
+        "min_tokens": request.output_tokens, "ignore_eos": True, "temperature": 0, "stream": True,
     }  # fmt: skip
     sent_s, first_s = time.perf_counter(), 0.0
     headers = {"Authorization": f"Bearer {key}"}

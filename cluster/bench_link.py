@@ -17,7 +17,7 @@ from typing import Any
 from cluster import bench, bench_runs, models
 from cluster.bench_arm import STOCK, Arm
 from cluster.bench_figures import Calibration, Figures, figures, ratios_of
-from cluster.workload import RunResult
+from cluster.records import RunResult
 from cost_service.analytic import analytic_snapshot
 from cost_service.hardware import CPU
 from cost_service.kv_memory import ELEMENT_BYTES, kv_token_bytes
@@ -28,7 +28,7 @@ FIXED = ("recompute", "swap")
 ADAPTIVE = "adaptive"
 ARMS = (STOCK, *FIXED, ADAPTIVE)
 SPEEDS = "0.1,0.3,1,3,10,100"
-WORKLOAD = "synthetic:requests=200,rate=inf,prompt_mean=80,prompt_max=300,output_mean=150,output_max=300,spread=0.5"
+TRACE = "synthetic:requests=200,rate=inf,prompt_mean=80,prompt_max=300,output_mean=150,output_max=300,spread=0.5"
 """Requests that grow a lot while they run, all at once: memory is short all the time, and preemptions are many."""
 
 FIGURES = ("throughput_tokens_per_s", "weighted_turnaround_mean")
@@ -36,7 +36,7 @@ FIGURES = ("throughput_tokens_per_s", "weighted_turnaround_mean")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench.add_arguments(parser)
-    parser.set_defaults(policy=",".join(ARMS), random_model="small", workload=WORKLOAD)
+    parser.set_defaults(policy=",".join(ARMS), random_model="small", trace=TRACE)
     parser.add_argument("--speeds", default=SPEEDS, help=f"multiples of the break-even (default: {SPEEDS})")
     parser.add_argument("--costs-wrong-by", type=float, default=1.0, help="factor on the recompute costs it is told")
     parser.add_argument("--link-wrong-by", type=float, default=1.0, help="factor on the link's speed that it is told")

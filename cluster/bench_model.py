@@ -1,6 +1,7 @@
 """The model of a benchmark: the folder that was named, or one with random weights that is made."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,31 @@ DUMMY = frozenset({"llama-8b"})
 """Those whose weights are too large to be written down."""
 
 
-def model_folder(source: str | None, made: Path, *, config: dict[str, Any], vocab: int, longest: int) -> Path:
+def model_folder(source: str | None, made: Path, *, config: dict[str, Any]) -> Path:
     """Return the folder of the model to run; one with random weights of that config is written for no source.
 
     Raises:
-        ValueError: It is no folder with a model, or the requests do not fit it.
+        ValueError: It is no folder with a model.
     """
     if source is None:
         write_model(made, config, weights=config is not LLAMA_8B)
-    folder = models.require(source, default_home()) if source else made
+        return made
+    folder = models.require(source, default_home())
     if folder is None:
         raise ValueError("--model must be a folder in Hugging Face layout: fetch the model and name its folder.")
-    limits = models.read_config(folder)
-    for key, needed, mend in (
-        ("vocab_size", vocab, "lower the workload key vocab"),
-        ("max_position_embeddings", longest, "lower the workload keys prompt_max and output_max"),
-    ):
-        limit = limits.get(key)
-        if isinstance(limit, int) and limit < needed:
-            raise ValueError(f"The model's {key} is {limit} and the workload needs {needed}: {mend}.")
     return folder
+
+
+def number_in(config: Mapping[str, Any], key: str) -> int:
+    """A limit that a model's config states.
+
+    Raises:
+        ValueError: It states none.
+    """
+    limit = config.get(key)
+    if not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"The model's config.json must have a whole number for {key}, above 0.")
+    return limit
 
 
 def write_model(folder: Path, config: dict[str, Any], *, weights: bool) -> None:

@@ -20,7 +20,9 @@ from typing import Any
 from cluster.bench_arm import Arm, EngineSettings
 from cluster.bench_figures import Calibration
 from cluster.bench_progress import Progress
-from cluster.workload import RequestRecord, RequestSpec, RunResult
+from cluster.prompts import RequestSpec
+from cluster.records import RequestRecord, RunResult
+from cluster.workload import Workload
 
 CALIBRATION_LENGTHS, CALIBRATION_TIMES, CHECKED_REQUESTS = 5, 3, 20
 
@@ -32,9 +34,12 @@ class Plan:
     """What is measured."""
 
     policies: tuple[str, ...]
-    source: str
+    workload: Workload
     workloads: tuple[tuple[RequestSpec, ...], ...]
-    """One per repeat."""
+    """Its requests, for every repeat."""
+
+    dropped: dict[str, int]
+    """Requests that were left out of them, by reason."""
 
     engine: EngineSettings
     """Of the stock arm with memory for everything; the arms differ in policy and number of KV blocks."""
@@ -56,15 +61,19 @@ class Plan:
         """Settings as they stand in the result file; of the model's folder only its name."""
         engine = asdict(self.engine) | {"model": Path(self.engine.model).name}
         del engine["policy"], engine["learn"]
-        return engine | {
-            "policies": list(self.policies),
-            "workload": self.source,
-            "different_workloads": len(set(self.workloads)),
-            "repeats": len(self.workloads),
-            "pool_fraction": self.pool_fraction,
-            "limit_s": self.limit_s,
-            "check_exact": self.check_exact,
-        }
+        return (
+            engine
+            | self.workload.as_report()
+            | {
+                "policies": list(self.policies),
+                "dropped_requests": self.dropped,
+                "different_workloads": len(set(self.workloads)),
+                "repeats": len(self.workloads),
+                "pool_fraction": self.pool_fraction,
+                "limit_s": self.limit_s,
+                "check_exact": self.check_exact,
+            }
+        )
 
 
 def measure_alone(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:

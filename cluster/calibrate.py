@@ -17,7 +17,8 @@ from cluster import models
 from cluster.bench_arm import ENVIRONMENT, EngineSettings
 from cluster.bootstrap import has_nvidia_gpu
 from cluster.config import DEFAULT_MODEL, default_home
-from cluster.workload import RequestSpec, synthetic
+from cluster.prompts import RequestSpec
+from cluster.workload import Workload
 from cost_service.calibration import MeasuredPreemption, write_calibration
 from cost_service.learner import CostLearner
 from cost_service.samples import Sample, StepSample
@@ -29,7 +30,7 @@ MAX_NUM_SEQS = 16
 POOL_FRACTION = 0.3
 """KV blocks, of those that as many of the largest requests as run at once would use."""
 
-WORKLOAD = "synthetic:rate=inf,prompt_mean=150,prompt_max=400,output_mean=100,output_max=200,spread=0.6"
+TRACE = "synthetic:rate=inf,prompt_mean=150,prompt_max=400,output_mean=100,output_max=200,spread=0.6"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,10 +69,8 @@ def calibrate(options: argparse.Namespace) -> None:
     if folder is None:
         raise ValueError("--model must be a folder: download the model first.")
     vocabulary = int(str(models.read_config(folder)["vocab_size"]))
-    rounds = [
-        synthetic(WORKLOAD, requests=options.requests, seed=number, vocab=vocabulary)
-        for number in range(options.rounds)
-    ]
+    trace = f"{TRACE},requests={options.requests},vocab={vocabulary}"
+    rounds = [Workload(trace=trace, seed=number).prompted(vocabulary) for number in range(options.rounds)]
     os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": str(options.threads)})  # before vLLM is imported
     measured = measure(settings_of(folder, rounds, options.threads), rounds)
     options.output.mkdir(parents=True)

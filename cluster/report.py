@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench_figures import RATIO_FIGURES, Calibration
+from cluster.records import RequestRecord
 from cluster.service_curve import service_gaps
-from cluster.workload import RequestRecord
 
 FIGURES = (*RATIO_FIGURES, "preemptions", "swaps", "recomputes", "jain_index", "max_service_gap", "unfinished")
 MOST_TENANTS = 12

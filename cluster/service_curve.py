@@ -8,7 +8,7 @@ service since both began to wait, over all pairs that wait.
 from collections.abc import Mapping, Sequence
 
 from cluster.bench_figures import OUTPUT_WEIGHT, PROMPT_WEIGHT
-from cluster.workload import RequestRecord
+from cluster.records import RequestRecord
 
 POINTS = 200
 """Moments of a curve."""

@@ -1,197 +1,218 @@
-"""Requests of a benchmark: who sends what when, from a source such as `synthetic:requests=60,rate=8`, and how it went.
+"""The requests that a command serves or simulates: a source, changed as its options say.
 
-Rules:
-- Pure: no clock, no file. All chance comes from one `random.Random(seed)`, so a source gives the same requests anywhere.
-- Times are seconds after the start of a run; requests come sorted by arrival.
+Changes are made in this order: of the source a window is taken, and of that the first requests; they are given tenants,
+scaled in length and in rate; a flood is added at its own rate and lengths; requests that are too long are cut.
 """
 
+import argparse
 import math
-import random
-import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
 
-SCHEME = "synthetic:"
-FIRST_TOKEN_ID = 3
-"""Token ids below it are special (padding, start, end) in most vocabularies."""
+from cluster.prompts import RequestSpec, with_prompts
+from cluster.synthetic import SCHEME, Stream, Synthetic, read_keys
+from cluster.workload_changes import (
+    at_scaled_rate,
+    cut,
+    mean_rate,
+    with_flood,
+    with_scaled_lengths,
+    with_tenants,
+    within_context,
+    within_window,
+)
+from cost_service.traces import SOURCES, WITHOUT_TENANTS, TraceRequest, read_trace
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestSpec:
-    """One request, before any engine has seen it."""
-
-    request_id: str
-    tenant: str
-    arrival_s: float
-    prompt_token_ids: tuple[int, ...]
-    output_tokens: int
-    """Tokens to generate, neither more nor fewer."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output."""
-        return len(self.prompt_token_ids) + self.output_tokens
+STOP, DROP = "stop", "drop"
+FLOOD = Stream(tenant="flood", cv=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRecord:
-    """What happened to one request."""
+class Workload:
+    """Requests of a source with changes; every reading gives the same. The fields are the options of the commands."""
 
-    request_id: str
-    tenant: str
-    arrival_s: float
-    first_token_s: float | None
-    finish_s: float | None
-    prompt_tokens: int
-    output_tokens: int
-    """Asked for."""
+    trace: str
+    """`SOURCE:PATH` or `synthetic:KEY=VALUE,...`."""
 
-    delivered_tokens: int
-    """Delivered; fewer than asked for only when the run ended first."""
-
-    swaps: int = 0
-    recomputes: int = 0
-
-    def __post_init__(self) -> None:
-        assert (self.first_token_s is None) == (self.delivered_tokens == 0), f"{self} has tokens without a time"
-        assert self.finish_s is None or self.delivered_tokens == self.output_tokens, f"{self} finished with tokens left"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What one run of one engine gave."""
-
-    records: list[RequestRecord]
-    run_end_s: float
-    peak_kv_blocks: int
-    computed_tokens: int
-    """Tokens that went through the model, recomputed ones included."""
-
-    scheduler: dict[str, float]
-    """Steps, those of them under the guard, and microseconds per step in the scheduler: over all, and over the steps with
-    the most requests running."""
-
-    preemption_costs: dict[str, dict[str, float]]
-    """By action how many were measured, and the seconds of engine time that they were predicted to cost and did."""
-
-    tokens: dict[str, list[int]]
-    """Output token ids by request."""
-
-    @classmethod
-    def of(cls, mapping: Mapping[str, Any]) -> Self:
-        """Read what `asdict` has written."""
-        return cls(**{**mapping, "records": [RequestRecord(**record) for record in mapping["records"]]})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyntheticSource:
-    """Poisson arrivals of random prompts; lengths are log-normal, cut to their maximum."""
-
-    requests: int = 60
-    rate: float = 8.0
-    """Arrivals per second of all tenants together; 0 or inf: all at once."""
-
-    tenants: int = 4
-    """Each request belongs to one of them with equal chance."""
-
-    prompt_mean: float = 60.0
-    """Tokens, before the cut; the same holds for `output_mean`."""
-
-    prompt_max: int = 120
-    output_mean: float = 80.0
-    output_max: int = 140
-    spread: float = 0.5
-    """Standard deviation of the logarithm of a length; 0: every length is its mean."""
-
-    vocab: int = 512
+    window: str | None = None
+    rate_scale: float | None = None
+    rate: float | None = None
+    first: int | None = None
+    length_scale: float | None = None
+    max_tokens: int | None = None
+    tenants: int | None = None
+    tenant_skew: float = 1.0
+    flood: str | None = None
+    bad_requests: str = STOP
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("requests", "tenants"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Workload key {name} must be at least 1.")
-        for name in ("rate", "spread"):
-            if not getattr(self, name) >= 0:  # NaN too
-                raise ValueError(f"Workload key {name} must not be negative.")
-        if math.isinf(self.spread):
-            raise ValueError("Workload key spread must be finite.")
-        for name in ("prompt", "output"):
-            mean, longest = getattr(self, f"{name}_mean"), getattr(self, f"{name}_max")
-            if not 1 <= mean <= longest:
-                raise ValueError(f"Workload key {name}_mean must be between 1 and {name}_max ({longest}).")
-        if self.vocab <= FIRST_TOKEN_ID:
-            raise ValueError(f"Workload key vocab must be above {FIRST_TOKEN_ID}.")
+        for name in ("rate_scale", "rate", "length_scale", "first", "tenants"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0 and finite.")
+        if self.rate_scale is not None and self.rate is not None:
+            raise ValueError("--rate-scale and --rate exclude each other: leave one of them out.")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError("--max-tokens must be at least 2: one for the prompt, one for the output.")
+        if not 0 <= self.tenant_skew <= 10:
+            raise ValueError("--tenant-skew must be between 0 and 10.")
+        if self.bad_requests not in (STOP, DROP):
+            raise ValueError(f"--bad-requests must be {STOP} or {DROP}.")
+        if not self.trace.startswith(SCHEME) and self.trace.partition(":")[0] not in SOURCES:
+            names = ", ".join(SOURCES)
+            raise ValueError(
+                f"--trace {self.trace!r} must be SOURCE:PATH with a source of {names}, or {SCHEME}KEY=VALUE,..."
+            )
+        self._bounds_s()
+        self._flood()
+        self._synthetic()
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read `synthetic:KEY=VALUE,...`; keys left out have their defaults.
+    def requests(
+        self, dropped: Counter[str] | None = None, *, context_tokens: int | None = None
+    ) -> Iterator[TraceRequest]:
+        """Yield the requests in the order of arrival; what `bad_requests` lets leave out is counted by reason in `dropped`.
+
+        Requests must fit into `context_tokens`, where it is given.
 
         Raises:
-            ValueError: Another source, an unknown or repeated key, or a value that does not fit.
+            ValueError: An option does not fit the trace, something in the trace is wrong, or no request is left.
         """
-        if not text.startswith(SCHEME):
-            raise ValueError(f"Workload {text!r} is not known: write {SCHEME}KEY=VALUE,... .")
-        kinds = {field.name: field.type for field in fields(cls)}
-        values: dict[str, int | float] = {}
-        for part in filter(None, text.removeprefix(SCHEME).split(",")):
-            key, _, value = part.partition("=")
-            if key not in kinds:
-                raise ValueError(f"Unknown workload key {key!r}: use one of {', '.join(kinds)}.")
-            if key in values:
-                raise ValueError(f"Workload key {key} appears twice: remove one.")
-            values[key] = _number(key, value, whole=kinds[key] is int)
-        return cls(**values)  # type: ignore[arg-type]
+        counted = None if self.bad_requests == STOP else Counter() if dropped is None else dropped
+        requests = self._scaled_in_length(counted)
+        if (factor := self._rate_factor()) != 1:
+            requests = at_scaled_rate(requests, factor)
+        if flood := self._flood():
+            requests = with_flood(requests, flood, seed=self.seed)
+        if self.max_tokens:
+            requests = cut(requests, self.max_tokens)
+        if context_tokens:
+            requests = within_context(requests, context_tokens, counted, name=self.source_name)
+        first = next(requests, None)
+        if first is None:
+            raise ValueError("No request is left of the --trace: widen its --window, or see what is dropped.")
+        return chain([first], requests)
 
-    def generate(self) -> tuple[RequestSpec, ...]:
-        """Return the requests, sorted by arrival; the first arrives at 0."""
-        rng = random.Random(self.seed)
-        at_once = self.rate == 0 or math.isinf(self.rate)
-        arrival_s = 0.0
-        requests = []
-        for number in range(self.requests):
-            if number and not at_once:
-                arrival_s += rng.expovariate(self.rate)
-            tenant = f"tenant-{rng.randrange(self.tenants)}"
-            num_prompt = _length(rng, self.prompt_mean, self.prompt_max, self.spread)
-            num_output = _length(rng, self.output_mean, self.output_max, self.spread)
-            prompt = tuple(rng.randrange(FIRST_TOKEN_ID, self.vocab) for _ in range(num_prompt))
-            requests.append(
-                RequestSpec(
-                    request_id=f"request-{number}",
-                    tenant=tenant,
-                    arrival_s=arrival_s,
-                    prompt_token_ids=prompt,
-                    output_tokens=num_output,
-                )
-            )
-        return tuple(requests)
+    def prompted(
+        self, vocab: int, dropped: Counter[str] | None = None, *, context_tokens: int | None = None
+    ) -> tuple[RequestSpec, ...]:
+        """The requests with prompts of token ids below `vocab`, for real engines.
+
+        Raises:
+            ValueError: As `requests`, or the source's own token ids are not below `vocab`.
+        """
+        if self.source_vocab > vocab:
+            needed = f"The model's vocab_size is {vocab} and the workload needs {self.source_vocab}"
+            raise ValueError(f"{needed}: lower the workload key vocab.")
+        requests = self.requests(dropped, context_tokens=context_tokens)
+        return tuple(with_prompts(requests, vocab=vocab, seed=self.seed))
+
+    def weights(self) -> Mapping[str, float]:
+        """Weights of tenants that the source itself states; all others have 1."""
+        synthetic, flood = self._synthetic(), self._flood()
+        weights = synthetic.weights() if synthetic else {}
+        return weights | (dict.fromkeys(flood.tenant_names(), flood.weight) if flood else {})
+
+    @property
+    def source_vocab(self) -> int:
+        """Token ids that the source itself makes up are below it; 0: it makes none up."""
+        synthetic, flood = self._synthetic(), self._flood()
+        return max(synthetic.vocab if synthetic else 0, flood.vocab if flood else 0)
+
+    @property
+    def source_name(self) -> str:
+        """The source; of a trace's path only the last part."""
+        source, _, path = self.trace.partition(":")
+        return self.trace if self._synthetic() else f"{source}:{Path(path).name}"
+
+    def as_report(self) -> dict[str, Any]:
+        """What is given, as it stands in a result file."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {field.name: given[field.name] for field in fields(self) if given[field.name] != field.default}
+        return changed | {"trace": self.source_name}
+
+    def _scaled_in_length(self, dropped: Counter[str] | None) -> Iterator[TraceRequest]:
+        """The source with all changes but those of time and number."""
+        synthetic = self._synthetic()
+        requests = synthetic.requests(self.seed) if synthetic else read_trace(self.trace, dropped)
+        if bounds_s := self._bounds_s():
+            requests = within_window(requests, *bounds_s)
+        requests = islice(requests, self.first)
+        if self.tenants or (not synthetic and self.trace.partition(":")[0] in WITHOUT_TENANTS):
+            requests = with_tenants(requests, self.tenants or 1, zipf=self.tenant_skew, seed=self.seed)
+        if self.length_scale:
+            requests = with_scaled_lengths(requests, self.length_scale)
+        return requests
+
+    def _rate_factor(self) -> float:
+        if self.rate is None:
+            return self.rate_scale or 1.0
+        counted = None if self.bad_requests == STOP else Counter[str]()
+        return self.rate / mean_rate(self._scaled_in_length(counted))
+
+    def _bounds_s(self) -> tuple[float, float] | None:
+        if self.window is None:
+            return None
+        try:
+            start, end = (float(bound) for bound in self.window.split(":"))
+        except ValueError:
+            start, end = math.nan, math.nan
+        if not 0 <= start < end:
+            raise ValueError("--window must be FROM:TO in seconds, such as 600:1200.")
+        return start, end
+
+    def _flood(self) -> Stream | None:
+        if self.flood is None:
+            return None
+        keys = read_keys(self.flood)
+        if "experiment" in keys:
+            raise ValueError("--flood is one stream and no experiment: name its rate and lengths.")
+        return replace(FLOOD, **keys)
+
+    def _synthetic(self) -> Synthetic | None:
+        return Synthetic.parse(self.trace) if self.trace.startswith(SCHEME) else None
 
 
-def synthetic(text: str = SCHEME, **settings: int | float) -> tuple[RequestSpec, ...]:
-    """Return the requests of a source, with single settings given by keyword instead.
+def add_workload_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options of a workload; `default` is the source that the help names."""
+    group = parser.add_argument_group(
+        "workload", f"SOURCE is {SCHEME}KEY=VALUE,... or one of {', '.join(SOURCES)} with :PATH"
+    )
+    group.add_argument("--trace", metavar="SOURCE", help=f"requests (default: {default})")
+    group.add_argument("--window", metavar="FROM:TO", help="only what arrives in these seconds, such as 600:1200")
+    group.add_argument("--first", type=int, metavar="N", help="only the first N of them")
+    group.add_argument("--tenants", type=int, metavar="N", help="tenants of a trace that has none (default: 1)")
+    group.add_argument(
+        "--tenant-skew", type=float, default=1.0, metavar="S", help="their k-th one's share is as k^-S (default: 1)"
+    )
+    group.add_argument(
+        "--length-scale", type=float, metavar="F", help="factor on lengths, such as 0.05 for CPU engines"
+    )
+    group.add_argument("--rate-scale", type=float, metavar="F", help="so many times as fast")
+    group.add_argument("--rate", type=float, metavar="R", help="so many requests per second on average")
+    group.add_argument(
+        "--flood",
+        metavar="KEY=VALUE,...",
+        help="add one more stream, with the keys of synthetic:, such as rate=20,start=60",
+    )
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N", help="cut longer requests; prompt and output keep half of it at least"
+    )
+    group.add_argument(
+        "--bad-requests", choices=(STOP, DROP), default=STOP, help="wrong lines and requests beyond the model's context"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of all that is made up (default: 0)")
+    group.add_argument("--describe", action="store_true", help="say what the workload is, and run nothing")
+
+
+def workload_of(options: argparse.Namespace, default: str) -> Workload:
+    """The workload that the options describe.
 
     Raises:
-        ValueError: The text or a setting is wrong.
+        ValueError: An option makes no sense, alone or with others.
     """
-    source = SyntheticSource.parse(text)
-    known = [field.name for field in fields(SyntheticSource)]
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"Unknown workload key {unknown[0]!r}: use one of {', '.join(known)}.")
-    return replace(source, **settings).generate()  # type: ignore[arg-type]
-
-
-def _number(key: str, value: str, *, whole: bool) -> int | float:
-    if whole:
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
-            raise ValueError(f"Workload key {key} must be a whole number, such as {key}=4.")
-        return int(value)
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"Workload key {key} must be a number, such as {key}=4.") from None
-
-
-def _length(rng: random.Random, mean: float, longest: int, spread: float) -> int:
-    length = rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)
-    return min(max(round(length), 1), longest)
+    given = {field.name: getattr(options, field.name) for field in fields(Workload)}
+    return Workload(**given | {"trace": options.trace or default})

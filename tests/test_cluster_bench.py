@@ -24,7 +24,8 @@ from cluster.bench_arm import EngineSettings
 from cluster.bench_progress import Progress
 from cluster.bench_runs import run_arms
 from cluster.bootstrap import has_nvidia_gpu
-from cluster.workload import RequestRecord, RunResult, synthetic
+from cluster.records import RequestRecord, RunResult
+from cluster.workload import Workload
 
 ROOT = Path(__file__).parents[1]
 MARK = "ADAPTIVELLM_TEST_MARK"
@@ -56,12 +57,18 @@ WITHOUT_GPU = pytest.mark.skipif(has_nvidia_gpu(), reason="there is a GPU: this 
         (["--pool-fraction", "1.5"], "--pool-fraction must be between 0 and 1"),
         (["--pool-fraction", "nan"], "--pool-fraction must be between 0 and 1"),
         (["--host-pool-bytes", "-1"], "--host-pool-bytes must not be negative"),
-        (["--workload", "synthetic:requets=5"], "Unknown workload key 'requets'"),
-        (["--workload", "synthetic:vocab=513"], "vocab_size is 512 and the workload needs 513"),
+        (["--trace", "synthetic:requets=5"], "Unknown workload key 'requets'"),
+        (["--trace", "synthetic:vocab=513"], "vocab_size is 512 and the workload needs 513"),
         (
-            ["--workload", "synthetic:prompt_max=5000,prompt_mean=5000,output_mean=140,spread=0"],
-            "max_position_embeddings is 4096 and the workload needs 5140",
+            ["--trace", "synthetic:prompt_max=5000,prompt_mean=5000,output_mean=140,spread=0"],
+            "has 5140 tokens and the model's context 4096: shorten requests by --max-tokens",
         ),
+        (["--trace", "csv:/nowhere/at/all.csv"], "/nowhere/at/all.csv is neither file nor folder"),
+        (["--trace", "nosuch:x"], "--trace 'nosuch:x' must be SOURCE:PATH with a source of azure,"),
+        (["--window", "5:1"], "--window must be FROM:TO in seconds"),
+        (["--flood", "rate=0"], "rate must be above 0 and finite"),
+        (["--max-tokens", "1"], "--max-tokens must be at least 2"),
+        (["--describe", "--window", "900:901"], "No request is left of the --trace"),
         (["--off-pressure", "--max-num-seqs", "8"], "--off-pressure sets --max-num-seqs itself"),
         (["--json", "/nowhere/at/all.json"], "--json must name a file in a folder that exists"),
         (["--model", "/nowhere/at/all"], "has no config.json"),
@@ -95,7 +102,8 @@ def test_repeats_have_the_same_requests_unless_the_seed_shall_vary(tmp_path: Pat
 
 
 def test_ample_memory_holds_the_largest_requests_that_may_run_at_once() -> None:
-    requests = synthetic(requests=5, spread=0, prompt_mean=40, output_mean=30)  # 70 tokens: 3 blocks of 32 each
+    # 70 tokens: 3 blocks of 32 each
+    requests = Workload(trace="synthetic:requests=5,spread=0,prompt_mean=40,output_mean=30").prompted(512)
     assert bench.ample_blocks(requests, 4) == 4 * 3 + 1
     assert bench.ample_blocks(requests, 9) == 5 * 3 + 1
 
@@ -120,7 +128,7 @@ def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
 
 
 def test_runs_that_are_done_need_no_engine(tmp_path: Path) -> None:
-    plan = bench.plan_of(options("--policy", "stock,swap", "--repeats", "2", "--workload", SMALL), tmp_path)
+    plan = bench.plan_of(options("--policy", "stock,swap", "--repeats", "2", "--trace", SMALL), tmp_path)
     done = RunResult(
         records=[RequestRecord(request_id="a", tenant="t", arrival_s=0.0, first_token_s=1.0, finish_s=2.0, prompt_tokens=4,
                                output_tokens=2, delivered_tokens=2)],
@@ -146,7 +154,7 @@ def test_the_command_measures_every_policy_to_the_token(tmp_path: Path) -> None:
         "stock,swap,recompute",
         "--repeats",
         "1",
-        "--workload",
+        "--trace",
         SMALL,
         "--check-exact",
         "--json",
@@ -194,7 +202,7 @@ def test_the_sweep_over_links_measures_a_simulated_link_and_says_so(tmp_path: Pa
     file = tmp_path / "result.json"
     command, mark = start(
         "bench-link", "--policy", "recompute,swap,adaptive", "--speeds", "100", "--random-model", "tiny",
-        "--repeats", "1", "--workload", SMALL, "--json", str(file),
+        "--repeats", "1", "--trace", SMALL, "--json", str(file),
     )  # fmt: skip
     out, err = command.communicate(timeout=500)
     assert command.returncode == 0, err
@@ -217,7 +225,7 @@ def test_the_sweep_over_links_measures_a_simulated_link_and_says_so(tmp_path: Pa
 @pytest.mark.engine
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_command_cut_short_leaves_no_engine(number: signal.Signals, status: int) -> None:
-    command, mark = start("bench", "--workload", SMALL)
+    command, mark = start("bench", "--trace", SMALL)
     try:
         wait_for(lambda: len(processes(mark)) == 2, "the first engine to start", limit_s=60)
         command.send_signal(number)

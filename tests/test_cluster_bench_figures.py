@@ -24,7 +24,7 @@ from cluster.bench_figures import (
     ratio_to_stock,
     table,
 )
-from cluster.workload import RequestRecord
+from cluster.records import RequestRecord
 
 ALONE = Calibration(ttft_s=0.1, ttft_s_per_prompt_token=0.01, s_per_output_token=0.05)
 

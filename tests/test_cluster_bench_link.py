@@ -10,7 +10,7 @@ import pytest
 from cluster.bench_figures import Calibration
 from cluster.bench_link import crossover, link_bytes_per_s, parse_speeds, snapshot
 from cluster.bench_model import SMALL
-from cluster.workload import RequestRecord, RunResult
+from cluster.records import RequestRecord, RunResult
 
 CALIBRATION = Calibration(ttft_s=0.005, ttft_s_per_prompt_token=1e-4, s_per_output_token=0.003)
 

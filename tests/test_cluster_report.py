@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from cluster.__main__ import main
+from cluster.records import RequestRecord
 from cluster.report import page, read_result
 from cluster.service_curve import service_gaps
-from cluster.workload import RequestRecord
 
 CALIBRATION = {"ttft_s": 0.1, "ttft_s_per_prompt_token": 0.001, "s_per_output_token": 0.01, "check": {}}
 

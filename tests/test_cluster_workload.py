@@ -1,145 +1,201 @@
-"""Goal: a source text gives the same requests everywhere and always, within the limits that it states.
+"""Goal: the options of a command make the workload that they say, the same at every reading, for all commands alike.
 
-Method: sentences about single settings, and random settings whose requests must stay inside them.
+Method: sources of a few lines; the public traces where they are at hand.
 """
 
-import dataclasses
-import itertools
-import math
-import statistics
+import argparse
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from cluster.workload import FIRST_TOKEN_ID, RequestRecord, RequestSpec, SyntheticSource, synthetic
+from cluster.workload import Workload, add_workload_arguments, workload_of
+from cluster.workload_summary import describe
+from tests.shared_data import needs_data
 
-EXAMPLE = (
-    "synthetic:requests=60,rate=8,tenants=4,prompt_mean=60,prompt_max=120,output_mean=80,output_max=140,"
-    "vocab=512,seed=0"
-)
+HEAD = "arrival_s,tenant,prompt_tokens,output_tokens\n"
+STEADY = "synthetic:tenants=1,tenant=a,rate=1,cv=0,duration=100,spread=0"
 
 
-def test_the_example_text_says_what_the_defaults_are() -> None:
-    assert SyntheticSource.parse(EXAMPLE) == SyntheticSource() == SyntheticSource.parse("synthetic:")
+def trace(folder: Path, *lines: str) -> str:
+    (folder / "t.csv").write_text(HEAD + "".join(f"{line}\n" for line in lines))
+    return f"csv:{folder / 't.csv'}"
 
 
-def test_requests_are_numbered_sorted_by_arrival_and_the_first_arrives_at_once() -> None:
-    requests = synthetic(EXAMPLE)
-    assert [request.request_id for request in requests] == [f"request-{number}" for number in range(60)]
-    arrivals_s = [request.arrival_s for request in requests]
-    assert arrivals_s[0] == 0
-    assert arrivals_s == sorted(arrivals_s)
-    assert {request.tenant for request in requests} == {f"tenant-{number}" for number in range(4)}
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_workload_arguments(parser, default="synthetic:")
+    return parser.parse_args(arguments)
 
 
-def test_one_seed_gives_the_same_requests_and_another_seed_gives_others() -> None:
-    assert synthetic("synthetic:seed=3") == synthetic("synthetic:seed=3")
-    assert synthetic("synthetic:seed=3") != synthetic("synthetic:seed=4")
+def test_options_that_are_left_out_change_nothing(tmp_path: Path) -> None:
+    source = trace(tmp_path, "0,a,10,20", "1,b,30,40")
+    workload = workload_of(options("--trace", source), default="synthetic:")
+    assert workload == Workload(trace=source)
+    assert [(one.tenant, one.prompt_tokens) for one in workload.requests()] == [("a", 10), ("b", 30)]
+    assert workload_of(options(), default="synthetic:seed=3").trace == "synthetic:seed=3"
 
 
-def test_the_very_requests_of_a_seed_do_not_change_with_the_code() -> None:
-    """Old result files name their workload by its text alone."""
-    first, second = synthetic(requests=2, prompt_mean=2, prompt_max=4, seed=7)
-    assert first == RequestSpec(
-        request_id="request-0", tenant="tenant-2", arrival_s=0.0, prompt_token_ids=(468, 262, 112), output_tokens=31
-    )
-    assert (second.arrival_s, second.prompt_token_ids) == (pytest.approx(0.004777, abs=1e-6), (292, 66))
+def test_every_option_reaches_the_workload() -> None:
+    given = options(
+        "--trace", STEADY, "--window", "10:60", "--rate-scale", "2", "--first", "30", "--length-scale", "0.5",
+        "--max-tokens", "50", "--flood", "rate=1,cv=0,tenant=x,prompt_mean=9", "--bad-requests", "drop", "--seed", "5",
+    )  # fmt: skip
+    requests = list(workload_of(given, default="").requests())
+    assert Counter(one.tenant for one in requests) == {"a": 30, "x": 15}
+    assert [one.arrival_s for one in requests if one.tenant == "a"][:4] == [0, 0.5, 1, 1.5]
+    assert Counter(one.tenant for one in requests[:9]) == {"a": 6, "x": 3}
+    # 60 and 80 tokens are halved, and 70 cut to 50; the flood's 9 and 80 on average only cut
+    assert {(one.prompt_tokens, one.output_tokens) for one in requests if one.tenant == "a"} == {(25, 25)}
 
 
-def test_settings_by_keyword_replace_those_of_the_text() -> None:
-    assert synthetic("synthetic:requests=9,seed=2", seed=5) == synthetic("synthetic:requests=9,seed=5")
-    assert len(synthetic(requests=3)) == 3
+def test_every_reading_is_the_same_and_a_seed_changes_it() -> None:
+    workload = Workload(trace="synthetic:", flood="rate=3")
+    assert list(workload.requests()) == list(workload.requests())
+    assert workload.prompted(512) == workload.prompted(512)
+    assert list(Workload(trace="synthetic:", flood="rate=3", seed=1).requests()) != list(workload.requests())
+    assert Workload(trace="synthetic:seed=1").prompted(512) == Workload(trace="synthetic:", seed=1).prompted(512)
 
 
-@pytest.mark.parametrize("rate", [0, math.inf])
-def test_without_a_finite_rate_all_requests_arrive_at_once(rate: float) -> None:
-    assert {request.arrival_s for request in synthetic(rate=rate)} == {0.0}
-    assert {request.arrival_s for request in synthetic(f"synthetic:rate={rate}")} == {0.0}
+def test_a_rate_is_met_whatever_the_sources_own() -> None:
+    requests = list(Workload(trace=STEADY, rate=5).requests())
+    assert {round(after.arrival_s - before.arrival_s, 9) for before, after in pairwise(requests)} == {0.2}
 
 
-def test_the_rate_changes_arrivals_and_nothing_else_and_is_met_on_average() -> None:
-    fast, slow = synthetic(requests=2000, rate=50), synthetic(requests=2000, rate=25)
-    gaps_s = [b.arrival_s - a.arrival_s for a, b in itertools.pairwise(fast)]
-    assert statistics.fmean(gaps_s) == pytest.approx(1 / 50, rel=0.1)
-    assert statistics.stdev(gaps_s) == pytest.approx(1 / 50, rel=0.15)  # exponential: as wide as its mean
-    assert [dataclasses.replace(request, arrival_s=0.0) for request in fast] == [
-        dataclasses.replace(request, arrival_s=0.0) for request in slow
-    ]
+def test_a_rate_is_that_of_the_requests_that_are_taken() -> None:
+    source = "synthetic:tenant=a,rate=1,cv=0,duration=50/tenant=a,rate=10,start=50"
+    for given in ({"first": 40}, {"window": "50:70"}, {}):
+        times_s = [one.arrival_s for one in Workload(trace=source, rate=4, **given).requests()]  # type: ignore[arg-type]
+        assert (len(times_s) - 1) / (times_s[-1] - times_s[0]) == pytest.approx(4)
 
 
-def test_lengths_have_their_mean_where_the_cut_is_far_away() -> None:
-    requests = synthetic(requests=3000, prompt_max=2000, output_max=2000)
-    assert statistics.fmean(len(request.prompt_token_ids) for request in requests) == pytest.approx(60, rel=0.05)
-    assert statistics.fmean(request.output_tokens for request in requests) == pytest.approx(80, rel=0.05)
+def test_a_source_of_any_length_is_read_as_far_as_it_is_asked_for() -> None:
+    workload = Workload(trace="synthetic:requests=999999999999", rate_scale=2, length_scale=2, flood="rate=1")
+    assert len(list(islice(workload.requests(), 50))) == 50
 
 
-def test_without_spread_every_length_is_its_mean() -> None:
-    for request in synthetic(spread=0, prompt_mean=7, output_mean=140):
-        assert (len(request.prompt_token_ids), request.output_tokens, request.num_tokens) == (7, 140, 147)
+def test_a_request_that_is_scaled_up_has_a_prompt_as_long() -> None:
+    for request in Workload(trace=STEADY, length_scale=1.5, first=3).prompted(512):
+        assert len(request.prompt_token_ids) == 90
 
 
-@given(
-    requests=st.integers(1, 40),
-    tenants=st.integers(1, 5),
-    longest=st.integers(1, 60),
-    share=st.floats(0, 1),
-    spread=st.floats(0, 3),
-    vocab=st.integers(FIRST_TOKEN_ID + 1, 1000),
-    seed=st.integers(0, 99),
-)
-def test_whatever_the_settings_requests_stay_inside_them(
-    requests: int, tenants: int, longest: int, share: float, spread: float, vocab: int, seed: int
-) -> None:
-    mean = 1 + share * (longest - 1)
-    made = SyntheticSource(
-        requests=requests, tenants=tenants, prompt_mean=mean, prompt_max=longest, output_mean=mean, output_max=longest,
-        spread=spread, vocab=vocab, seed=seed,
-    ).generate()  # fmt: skip
-    assert len({request.request_id for request in made}) == requests
-    for request in made:
-        assert request.tenant in {f"tenant-{number}" for number in range(tenants)}
-        assert 1 <= len(request.prompt_token_ids) <= longest
-        assert 1 <= request.output_tokens <= longest
-        assert all(FIRST_TOKEN_ID <= token < vocab for token in request.prompt_token_ids)
+def test_a_trace_without_tenants_has_one_or_as_many_as_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46.0,30,40\n" * 200)
+    source = f"azure:{tmp_path}"
+    assert {one.tenant for one in Workload(trace=source).requests()} == {"tenant-0"}
+    assert {one.tenant for one in Workload(trace=source, tenants=3).requests()} == {f"tenant-{n}" for n in range(3)}
+
+
+def test_bad_requests_stop_the_reading_or_are_left_out_and_counted(tmp_path: Path) -> None:
+    source = trace(tmp_path, "0,a,10,20", "1,a,0,5", "2,a,5000,5", "3,a,1,1")
+    with pytest.raises(ValueError, match=r"prompt_tokens in line 3 of .*t\.csv must be above 0"):
+        list(Workload(trace=source).requests())
+    dropped = Counter[str]()
+    lenient = Workload(trace=source, bad_requests="drop")
+    assert [one.line for one in lenient.requests(dropped, context_tokens=4096)] == [2, 5]
+    assert dropped == {"zero length": 1, "context": 1}
+
+
+def test_a_request_beyond_the_context_stops_the_reading_unless_it_is_cut(tmp_path: Path) -> None:
+    source = trace(tmp_path, "0,a,10,20", "1,a,5000,5")
+    with pytest.raises(ValueError, match=r"line 3 of csv:t\.csv has 5005 tokens and the model's context 4096"):
+        list(Workload(trace=source).requests(context_tokens=4096))
+    (_, request) = Workload(trace=source, max_tokens=4096).requests(context_tokens=4096)
+    assert (request.prompt_tokens, request.output_tokens) == (4091, 5)
+
+
+def test_weights_are_those_of_the_source_and_of_the_flood(tmp_path: Path) -> None:
+    workload = Workload(trace="synthetic:experiment=overload-weighted", flood="rate=1,weight=0.5")
+    assert workload.weights() == {"tenant-0": 1, "tenant-1": 2, "tenant-2": 3, "tenant-3": 4, "flood": 0.5}
+    assert Workload(trace=trace(tmp_path, "0,a,1,1")).weights() == {}
+
+
+def test_a_result_names_what_was_given_and_no_folder(tmp_path: Path) -> None:
+    workload = Workload(trace=trace(tmp_path, "0,a,1,1"), rate=2.0, seed=3)
+    assert workload.as_report() == {"trace": "csv:t.csv", "rate": 2.0, "seed": 3}
+    assert Workload(trace=STEADY).as_report() == {"trace": STEADY}
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("given", "message"),
     [
-        ("azure:trace.csv", "Workload 'azure:trace.csv' is not known: write synthetic:KEY=VALUE"),
-        ("synthetic:request=5", "Unknown workload key 'request': use one of requests, rate,"),
-        ("synthetic:seed=1,seed=2", "seed appears twice"),
-        ("synthetic:requests=2.5", "requests must be a whole number"),
-        ("synthetic:requests=", "requests must be a whole number"),
-        ("synthetic:rate=fast", "rate must be a number"),
-        ("synthetic:requests=0", "requests must be at least 1"),
-        ("synthetic:tenants=0", "tenants must be at least 1"),
-        ("synthetic:rate=-1", "rate must not be negative"),
-        ("synthetic:rate=nan", "rate must not be negative"),
-        ("synthetic:spread=inf", "spread must be finite"),
-        ("synthetic:prompt_mean=200", "prompt_mean must be between 1 and prompt_max \\(120\\)"),
-        ("synthetic:output_mean=nan", "output_mean must be between 1 and output_max"),
-        ("synthetic:vocab=3", "vocab must be above 3"),
+        ({"trace": "nosuch:x"}, "--trace 'nosuch:x' must be SOURCE:PATH with a source of azure"),
+        ({"trace": "synthetic"}, "--trace 'synthetic' must be SOURCE:PATH"),
+        ({"trace": "synthetic:nosuch=1"}, "Unknown workload key 'nosuch'"),
+        ({"window": "5"}, "--window must be FROM:TO"),
+        ({"window": "5:5"}, "--window must be FROM:TO"),
+        ({"window": "-1:5"}, "--window must be FROM:TO"),
+        ({"window": "a:b"}, "--window must be FROM:TO"),
+        ({"window": "nan:5"}, "--window must be FROM:TO"),
+        ({"rate_scale": 0.0}, "--rate-scale must be above 0 and finite"),
+        ({"rate": float("inf")}, "--rate must be above 0 and finite"),
+        ({"rate": 1.0, "rate_scale": 1.0}, "--rate-scale and --rate exclude each other"),
+        ({"length_scale": float("nan")}, "--length-scale must be above 0"),
+        ({"first": 0}, "--first must be above 0"),
+        ({"tenants": -1}, "--tenants must be above 0"),
+        ({"tenant_skew": -1.0}, "--tenant-skew must be between 0 and 10"),
+        ({"max_tokens": 1}, "--max-tokens must be at least 2"),
+        ({"bad_requests": "keep"}, "--bad-requests must be stop or drop"),
+        ({"flood": "rate=0"}, "rate must be above 0 and finite, or requests"),
+        ({"flood": "experiment=overload"}, "--flood is one stream"),
+        ({"flood": "speed=3"}, "Unknown workload key 'speed'"),
     ],
 )
-def test_a_bad_text_is_refused_in_a_sentence_that_names_the_key(text: str, message: str) -> None:
+def test_an_option_that_makes_no_sense_is_one_sentence_that_names_it(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        SyntheticSource.parse(text)
-    assert str(error.value).endswith(".")
+        Workload(**{"trace": "synthetic:"} | given)
+    assert str(error.value)[-1] in ".…"
 
 
-def test_an_unknown_keyword_is_refused_as_in_a_text() -> None:
-    with pytest.raises(ValueError, match="Unknown workload key 'request'"):
-        synthetic(request=5)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"window": "900:901"}, "No request is left of the --trace"),
+        ({"trace": "synthetic:rate=inf", "rate": 5.0}, "--rate cannot be met"),
+        ({"tenants": 4}, "--tenants is for traces without tenants"),
+    ],
+)
+def test_an_option_that_does_not_fit_the_source_is_refused_at_the_first_request(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Workload(**{"trace": "synthetic:"} | given).requests()
 
 
-def test_a_record_that_contradicts_itself_is_a_mistake_of_the_engine() -> None:
-    record = RequestRecord(
-        request_id="a", tenant="t", arrival_s=0, first_token_s=1, finish_s=2, prompt_tokens=3, output_tokens=4,
-        delivered_tokens=4,
-    )  # fmt: skip
-    with pytest.raises(AssertionError, match="tokens left"):
-        dataclasses.replace(record, delivered_tokens=3)
-    with pytest.raises(AssertionError, match="without a time"):
-        dataclasses.replace(record, first_token_s=None)
+def test_a_source_with_more_token_ids_than_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size is 512 and the workload needs 600"):
+        Workload(trace="synthetic:", flood="rate=1,vocab=600").prompted(512)
+
+
+PUBLIC = (
+    "azure:azure_llm_2023", "mooncake:mooncake", "vtc:vtc_arena", "servegen:servegen/sampled_deepseek-r1_1h_4rps.csv",
+    "servegen:servegen/sampled_m-large_1h_8rps.csv",
+)  # fmt: skip
+
+
+@needs_data
+@pytest.mark.parametrize("source", PUBLIC)
+def test_a_public_trace_is_described(source: str, data: Path) -> None:
+    name, _, path = source.partition(":")
+    text = describe(Workload(trace=f"{name}:{data / path}", flood="rate=1").requests())
+    assert "requests/s" in text
+    assert ("Shared prefixes" in text) is (name == "mooncake")
+
+
+@needs_data
+def test_turns_of_a_conversation_have_equal_prompts_as_far_as_they_share_them(data: Path) -> None:
+    workload = Workload(trace=f"mooncake:{data / 'mooncake'}", first=300, length_scale=1 / 32, tenants=9)
+    requests, prompted = list(workload.requests()), workload.prompted(32_000)
+    shared = 0
+    for before, after in pairwise(range(300)):
+        pair = [requests[number].prefix_hashes for number in (before, after)]
+        equal = next(
+            n for n in range(len(pair[0]) + 1) if pair[0][n : n + 1] != pair[1][n : n + 1] or n == len(pair[0])
+        )
+        tokens = min(equal * 16, *(requests[number].prompt_tokens for number in (before, after)))
+        first, second = (prompted[number].prompt_token_ids for number in (before, after))
+        assert first[:tokens] == second[:tokens]
+        shared += tokens
+    assert shared > 299 * 15  # all have the first block
