@@ -68,13 +68,15 @@ class SimulatedEngine:
         self.next_s = math.inf
         """When `run` is to be called next: the step under way ends, or something can begin."""
         self.num_steps = self.num_scheduled_tokens = self.num_output_tokens = self.num_preemptions = 0
+        self.num_waiting_tokens = 0
+        """Of those in the waiting queue."""
         self.least_free_blocks = self.blocks.num_free
         self._times, self._observe = times, observe
         self._stock_watermark = int(settings.watermark * settings.num_blocks)
         self._strides = settings.strides and observe is None
         self._step: Step | None = None
         self._preempted: list[SimulatedRequest] = []
-        self._leaving: list[SimulatedRequest] = []
+        self.leaving: list[SimulatedRequest] = []
         self._holders: set[SimulatedRequest] = set()
         """Those who wait and hold blocks for a load."""
         self._gone: dict[str, SimulatedRequest] = {}
@@ -101,22 +103,25 @@ class SimulatedEngine:
                 f"({settings.max_model_len}) and into {settings.num_blocks - 1} KV blocks of {settings.block_size}."
             )
         self.waiting.add(request, now_s)
-        self._wake(now_s)
+        self.num_waiting_tokens += request.num_tokens
+        self.interrupt(now_s)
 
     def abort(self, request: SimulatedRequest, now_s: float) -> None:
         """Its client has left; its blocks are free when the next step begins."""
-        self._leaving.append(request)
-        self._wake(now_s)
+        self.leaving.append(request)
+        self.interrupt(now_s)
 
     def run(self, now_s: float) -> list[SimulatedRequest]:
-        """End the step under way and begin the next; return those who have finished."""
+        """End the step under way and begin the next; return those who have finished, and those who have left."""
         assert now_s == self.next_s, f"called at {now_s} s instead of {self.next_s} s"
-        finished = self._end_step(now_s)
-        for request in self._leaving:
-            self._leave(request)
-        self._leaving = []
+        over = self._end_step(now_s)
+        for request in self.leaving:
+            if request.status is not Status.FINISHED:
+                self._leave(request)
+                over.append(request)
+        self.leaving = []
         self._begin_step(now_s)
-        return finished
+        return over
 
     def num_missing_blocks(self) -> int:
         """Blocks that the running requests want in the next step beyond the free ones; 0 when they all get theirs."""
@@ -137,8 +142,8 @@ class SimulatedEngine:
             if request.end >= 0:
                 self.batch.settle(request)
 
-    def _wake(self, now_s: float) -> None:
-        """Let the next step begin as soon as it can."""
+    def interrupt(self, now_s: float) -> None:
+        """Let the next step begin as soon as it can: a stride ends with the step under way."""
         if self._step is None:
             self.next_s = min(self.next_s, now_s)
         elif self._step.num_steps > 1:
@@ -245,7 +250,7 @@ class SimulatedEngine:
             if self.loading:
                 del self.loading[0]
             else:
-                self.waiting.pop(now_s)
+                self.num_waiting_tokens -= self.waiting.pop(now_s).num_tokens
             if request.status is not Status.RUNNING:
                 passed.append(request)
         self.loading[:0] = passed
@@ -325,6 +330,7 @@ class SimulatedEngine:
         self.num_preemptions += 1
         self._preempted.append(request)
         self.waiting.prepend(request, now_s)
+        self.num_waiting_tokens += request.num_tokens
 
     @property
     def watermark_blocks(self) -> int:
@@ -382,14 +388,14 @@ class SimulatedEngine:
 
     def _leave(self, request: SimulatedRequest) -> None:
         """Let go of a request whose client has left, wherever it is."""
-        if request.status in (Status.FINISHED, Status.ABORTED):
-            return
+        assert request.status is not Status.ABORTED, f"{request.request_id} has left twice"
         if request.status is Status.RUNNING:
             self._stop(request)
         elif request in self.loading:
             self.loading.remove(request)
         else:
             self.waiting.remove(request)
+            self.num_waiting_tokens -= request.num_tokens
         self._holders.discard(request)
         if self.preemption is not None:
             self.preemption.forget(request)

@@ -24,9 +24,28 @@ class SimulatedRequest:
     """What was asked for, and how far it is. While it decodes, its numbers of tokens are kept by `DecodeBatch`."""
 
     __slots__ = (
-        "arrival_s", "end", "finish_s", "first_token_s", "holding", "num_blocks", "num_computed", "num_full_blocks",
-        "num_output", "num_preemptions", "output_tokens", "place", "prompt_tokens", "recomputes", "request_id", "stamp",
-        "start", "status", "swaps", "tenant",
+        "arrival_s",
+        "end",
+        "finish_s",
+        "first_token_s",
+        "holding",
+        "home",
+        "num_blocks",
+        "num_computed",
+        "num_full_blocks",
+        "num_output",
+        "num_preemptions",
+        "num_reported",
+        "output_tokens",
+        "place",
+        "prompt_tokens",
+        "recomputes",
+        "request_id",
+        "stamp",
+        "start",
+        "status",
+        "swaps",
+        "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -49,8 +68,18 @@ class SimulatedRequest:
         self.request_id, self.tenant, self.arrival_s = request_id, tenant, arrival_s
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
         self.stamp: Mapping[str, Any] = stamp or {}
+        self.num_preemptions = self.swaps = self.recomputes = 0
+        self.home: int | None = None
+        """Number of its replica."""
+        self._begin(prefix_keys)
+
+    def restart(self) -> None:
+        """Its replica is gone, with all that it had computed: nothing has been delivered."""
+        self._begin(self.holding.keys)
+
+    def _begin(self, prefix_keys: Sequence[int]) -> None:
         self.status = Status.WAITING
-        self.num_computed = self.num_output = 0
+        self.num_computed = self.num_output = self.num_reported = 0
         self.holding = Holding(prefix_keys)
         self.num_blocks = self.num_full_blocks = 0
         """KV blocks that it holds, and those of them whose tokens are cached once the step under way is done."""
@@ -60,7 +89,6 @@ class SimulatedRequest:
         """Kept by `DecodeBatch`: tokens computed less steps of the batch; the step of the batch with its last token."""
         self.first_token_s: float | None = None
         self.finish_s: float | None = None
-        self.num_preemptions = self.swaps = self.recomputes = 0
 
     @property
     def num_tokens(self) -> int:
