@@ -23,7 +23,7 @@ from cluster.simulated_blocks import NO_HIT, SimulatedBlocks
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_queue import FirstCome, WaitingQueue
 from cluster.simulated_request import SimulatedRequest, Status
-from cluster.simulated_step import EngineSettings, Step
+from cluster.simulated_step import SimulatedSettings, Step
 from cluster.simulated_time import StepTimes
 
 Observer = Callable[[list[tuple[str, int]], list[str]], None]
@@ -38,7 +38,7 @@ class SimulatedEngine:
 
     def __init__(
         self,
-        settings: EngineSettings,
+        settings: SimulatedSettings,
         times: StepTimes,
         *,
         waiting: WaitingQueue | None = None,

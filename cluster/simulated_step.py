@@ -7,7 +7,7 @@ from cluster.simulated_time import StepTimes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
+class SimulatedSettings:
     """vLLM's settings of the same names."""
 
     num_blocks: int

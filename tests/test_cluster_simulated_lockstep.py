@@ -16,7 +16,7 @@ import pytest
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_request import HASHED_TOKENS, SimulatedRequest, prefix_keys
-from cluster.simulated_step import EngineSettings
+from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_swaps import SimulatedSwaps
 from cluster.simulated_time import LinearTimes
 from cost_service.snapshot import CostSnapshot
@@ -137,7 +137,7 @@ def of_vllm(scheduler: Any, case: Case, execute: Any = None) -> Iterator[StepSee
 
 
 def of_simulation(
-    settings: EngineSettings, case: Case, preemption: SimulatedPreemption | None = None
+    settings: SimulatedSettings, case: Case, preemption: SimulatedPreemption | None = None
 ) -> Iterator[StepSeen]:
     """Run the simulated engine; yield the same."""
     seen: list[StepSeen] = []
@@ -167,10 +167,10 @@ def of_simulation(
         yield seen.pop() if seen else ([], [])
 
 
-def settings_of(scheduler: Any) -> EngineSettings:
+def settings_of(scheduler: Any) -> SimulatedSettings:
     """The simulated engine that is to be like a scheduler of vLLM's."""
     config = scheduler.scheduler_config
-    return EngineSettings(
+    return SimulatedSettings(
         num_blocks=scheduler.kv_cache_config.num_blocks,
         block_size=scheduler.block_size,
         max_num_seqs=scheduler.max_num_running_reqs,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.routing import LeastLoaded, RoundRobin
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_preemption import SimulatedPreemption
-from cluster.simulated_step import EngineSettings
+from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_swaps import SimulatedSwaps
 from cluster.simulated_time import LinearTimes
 from cluster.simulation import Disturbances, Report, Simulation
@@ -32,13 +32,13 @@ STALLING = CostSnapshot(
 )  # fmt: skip
 BESIDE = replace(STALLING, out_block_s=0.0, in_block_s=0.0, link_out_block_s=1e-3, link_in_block_s=1e-3)
 
-ENGINE = EngineSettings(
+ENGINE = SimulatedSettings(
     num_blocks=40, block_size=BLOCK_SIZE, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=120
 )
 
 
 def engine_of(
-    policy: str, *, link: ThrottledLink | None = None, engine: EngineSettings = ENGINE, throttle: float | None = None
+    policy: str, *, link: ThrottledLink | None = None, engine: SimulatedSettings = ENGINE, throttle: float | None = None
 ) -> SimulatedEngine:
     if policy == "stock":
         return SimulatedEngine(engine, TIMES)
