@@ -11,6 +11,7 @@ COMMANDS = {
     "policy": ("cluster.policy", "let running replicas follow another preemption policy"),
     "replay": ("cluster.replay", "let the policies decide again what a decision log holds"),
     "calibrate": ("cluster.calibrate", "measure what preemptions of a model cost on this machine"),
+    "simulate": ("cluster.simulate", "compare preemption policies on many simulated replicas, from a trace"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
     "report": ("cluster.report", "write a page (HTML) of what bench or simulate found"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
