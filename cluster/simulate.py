@@ -2,7 +2,7 @@
 
 Method: every policy serves the same requests on simulated replicas (`cluster.simulation`), with step times of the hardware's
 datasheet (`cost_service.engine_step`) and copies as `cost_service.analytic` prices them. Service times alone come from an
-idle simulated replica with vLLM's own preemption. No wall-clock time is in the result: the same command gives the same bytes.
+idle simulated replica with vLLM's own preemption. The result holds no wall-clock time: the same command, the same bytes.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.bench import command_line
 from cluster.bench_arm import STOCK
-from cluster.bench_figures import RATIO_FIGURES, Calibration, Figures, figures
+from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
 from cluster.bench_model import LLAMA_8B
 from cluster.record_table import RecordTable
 from cluster.routing import LeastLoaded, RoundRobin, Router
@@ -160,11 +160,11 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
 def run(options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[TraceRequest], name: str) -> Outcome:
     """Serve the trace with one kind of replicas."""
     records = RecordTable()
-    step = max(1, len(requests) // 20)
+    part = max(1, len(requests) // 4)
 
     def done(record: RequestRecord) -> None:
         records.add(record)
-        if len(records) % step == 0:
+        if len(records) % part == 0:
             print(f"{name}: {len(records)} of {len(requests)} requests", file=sys.stderr, flush=True)
 
     simulation = Simulation(
@@ -281,7 +281,8 @@ def table(report: dict[str, Any]) -> str:
     base = next((arm for name, arm in arms.items() if name.endswith(STOCK)), None)
     lines = [
         f"SIMULATED, {report['simulated']}.",
-        f"{report['requests']} requests, {report['dropped_requests']} dropped; {report['num_kv_blocks']} KV blocks a replica",
+        f"{report['requests']} requests, {report['dropped_requests']} dropped; "
+        f"{report['num_kv_blocks']} KV blocks a replica",
         f"{'':<28}" + "".join(f"{name:>{width}}" for name in arms),
     ]
     for name in FIGURES:

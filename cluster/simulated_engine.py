@@ -18,11 +18,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 
-from cluster.decode_batch import DecodeBatch
-from cluster.simulated_blocks import NO_HIT, SimulatedBlocks
+from cluster.simulated_blocks import NO_HIT
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_queue import FirstCome, WaitingQueue
 from cluster.simulated_request import SimulatedRequest, Status
+from cluster.simulated_running import RunningRequests
 from cluster.simulated_step import SimulatedSettings, Step
 from cluster.simulated_time import StepTimes
 
@@ -54,13 +54,9 @@ class SimulatedEngine:
             observe: Called with every step; strides are off then.
         """
         self.settings, self.preemption = settings, preemption
-        self.blocks = SimulatedBlocks(settings.num_blocks, caching=settings.enable_prefix_caching)
-        self.batch = DecodeBatch(settings.block_size)
+        self.running = RunningRequests(settings)
+        self.blocks, self.batch = self.running.blocks, self.running.batch
         self.waiting: WaitingQueue = FirstCome() if waiting is None else waiting
-        self.running: dict[SimulatedRequest, None] = {}
-        """In the order of admission."""
-        self.prefill: SimulatedRequest | None = None
-        """The running request, the last one, whose prefill has taken a step and is not done."""
         self.loading: list[SimulatedRequest] = []
         """Waiting requests that were passed over: blocks are loaded for them, or the link is not free for that."""
         self.loaded: set[str] = set()
@@ -81,7 +77,6 @@ class SimulatedEngine:
         """Those who wait and hold blocks for a load."""
         self._gone: dict[str, SimulatedRequest] = {}
         """Those who have left while blocks were loaded for them."""
-        self._num_admissions = 0
 
     @property
     def num_requests(self) -> int:
@@ -123,24 +118,9 @@ class SimulatedEngine:
         self._begin_step(now_s)
         return over
 
-    def num_missing_blocks(self) -> int:
-        """Blocks that the running requests want in the next step beyond the free ones; 0 when they all get theirs."""
-        needed = self.batch.num_needed_blocks()
-        if (request := self.prefill) is not None:
-            budget = self.settings.max_num_batched_tokens - self.batch.num_requests
-            num_new = min(request.num_tokens - request.num_computed, budget)
-            needed += self._num_blocks(request.num_computed + num_new) - request.num_blocks
-        return max(0, needed - self.blocks.num_free)
-
     def end_s(self, step: Step, num_steps: int) -> float:
         """When so many steps of a stride have ended."""
         return step.end_s(self._times, num_steps)
-
-    def settle(self) -> None:
-        """Write down how far each running request is; for reports and checks."""
-        for request in self.running:
-            if request.end >= 0:
-                self.batch.settle(request)
 
     def interrupt(self, now_s: float) -> None:
         """Let the next step begin as soon as it can: a stride ends with the step under way."""
@@ -214,22 +194,23 @@ class SimulatedEngine:
             needed -= taken
             if not needed:
                 return
-            victim = next(reversed(self.running))
-            if victim is not self.prefill:
+            victim = self.running.last
+            if victim is not self.running.prefill:
                 needed -= self.batch.needs_block(victim)
             self.preempt(victim, now_s)
 
     def _continue_prefill(self, step: Step, budget: int, now_s: float) -> int:
         """Schedule what fits of the prefill under way, if there is one; return what is left of the budget."""
-        request = self.prefill
+        request = self.running.prefill
         if request is None or budget == 0:
             return budget
         num_new = min(request.num_tokens - request.num_computed, budget)
-        num_blocks = self._num_blocks(request.num_computed + num_new)
+        num_blocks = self.running.num_blocks_of(request.num_computed + num_new)
         if num_blocks - request.num_blocks > self.blocks.num_free:
             self.preempt(request, now_s)
             return budget
-        self._schedule(step, request, num_new, num_blocks)
+        step.prefills.append((request, request.num_computed, num_new))
+        self.running.extend(request, num_new, num_blocks)
         return budget - num_new
 
     def _admit(self, step: Step, budget: int, now_s: float) -> None:
@@ -278,8 +259,8 @@ class SimulatedEngine:
                 return None
             num_new = budget
         kept = self.watermark_blocks if self.running else 0
-        num_all = max(0, self._num_blocks(request.num_tokens) - num_held) if settings.reserve_full_isl else 0
-        num_blocks = self._num_blocks(num_computed + num_new)
+        num_all = max(0, self.running.num_blocks_of(request.num_tokens) - num_held) if settings.reserve_full_isl else 0
+        num_blocks = self.running.num_blocks_of(num_computed + num_new)
         num_wanted = max(0, num_blocks - num_held)
         reserved = self._num_reserved() if asynchronous else 0
         if max(num_all, num_wanted + reserved) + hit.num_free_blocks + kept > blocks.num_free:
@@ -294,37 +275,21 @@ class SimulatedEngine:
             request.status = Status.LOADING
             self._holders.add(request)
         else:
-            self._start(step, request, num_new, num_blocks)
+            self._holders.discard(request)
+            step.prefills.append((request, num_computed, num_new))
+            self.running.start(request, num_new, num_blocks)
         if self.preemption is not None:
             self.preemption.load(request, loaded, now_s)
         return num_new
 
-    def _start(self, step: Step, request: SimulatedRequest, num_new: int, num_blocks: int) -> None:
-        self._holders.discard(request)
-        request.status = Status.RUNNING
-        request.place = self._num_admissions
-        self._num_admissions += 1
-        self.running[request] = None
-        self._schedule(step, request, num_new, num_blocks)
-        if request.num_computed + num_new < request.num_tokens:
-            self.prefill = request
-
-    def _schedule(self, step: Step, request: SimulatedRequest, num_new: int, num_blocks: int) -> None:
-        """Take the blocks that a request needs to compute so many tokens, and let it."""
-        self.blocks.take(num_blocks - request.num_blocks)
-        request.num_blocks = num_blocks
-        request.num_full_blocks = (request.num_computed + num_new) // self.settings.block_size
-        self.blocks.cache(request.holding, request.num_full_blocks)
-        step.prefills.append((request, request.num_computed, num_new))
-
     def preempt(self, request: SimulatedRequest, now_s: float) -> None:
         """Take a running request's blocks away; it waits again, ahead of all others."""
-        self._stop(request)
+        self.running.stop(request)
         if self.preemption is not None:
             self.preemption.take_away(self, request, now_s)
         else:
             request.recomputes += 1
-        self._free(request)
+        self.running.free(request)
         request.status = Status.PREEMPTED
         request.num_preemptions += 1
         self.num_preemptions += 1
@@ -353,36 +318,27 @@ class SimulatedEngine:
         finished = self.batch.advance(step.num_steps)
         for request, _, num_new in step.prefills:
             request.num_computed += num_new
-            if request.num_computed == request.num_tokens:
-                self._deliver(request, now_s)
-                if request.num_output == request.output_tokens:
-                    finished.append(request)
-                else:
-                    self.batch.join(request)
+            if request.num_computed < request.num_tokens:
+                continue
+            if request.first_token_s is None:
+                request.first_token_s = now_s
+            self.num_output_tokens += 1
+            if self.running.deliver(request):
+                finished.append(request)
         for request in finished:
             request.status, request.finish_s = Status.FINISHED, now_s
-            del self.running[request]
-            self._free(request)
+            self.running.end(request)
             if self.preemption is not None:
                 self.preemption.forget(request)
         if self.preemption is not None:
             self.preemption.learn(self, step, now_s)
         return finished
 
-    def _deliver(self, request: SimulatedRequest, now_s: float) -> None:
-        """The first token after a prefill."""
-        request.num_output += 1
-        self.num_output_tokens += 1
-        if request is self.prefill:
-            self.prefill = None
-        if request.first_token_s is None:
-            request.first_token_s = now_s
-
     def _take_loaded(self, names: list[str]) -> None:
         """Loads are done: their requests can run, or give their blocks back if they are not wanted any more."""
         for name in names:
             if (request := self._gone.pop(name, None)) is not None:
-                self._free(request)
+                self.running.free(request)
             else:
                 self.loaded.add(name)
 
@@ -390,7 +346,7 @@ class SimulatedEngine:
         """Let go of a request whose client has left, wherever it is."""
         assert request.status is not Status.ABORTED, f"{request.request_id} has left twice"
         if request.status is Status.RUNNING:
-            self._stop(request)
+            self.running.stop(request)
         elif request in self.loading:
             self.loading.remove(request)
         else:
@@ -404,27 +360,12 @@ class SimulatedEngine:
         else:
             self.loaded.discard(request.request_id)
             if request.num_blocks:
-                self._free(request)
+                self.running.free(request)
         request.status = Status.ABORTED
-
-    def _stop(self, request: SimulatedRequest) -> None:
-        """Take a request out of the running."""
-        del self.running[request]
-        if request is self.prefill:
-            self.prefill = None
-        else:
-            self.batch.leave(request)
-
-    def _free(self, request: SimulatedRequest) -> None:
-        self.blocks.free(request.holding, request.num_blocks, request.num_full_blocks)
-        request.num_computed = request.num_blocks = request.num_full_blocks = 0
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.settings.block_size)
 
     def _num_reserved(self) -> int:
         """Blocks that requests with loads under way will still want."""
-        return sum(max(0, self._num_blocks(one.num_tokens) - one.num_blocks) for one in self._holders)
+        return sum(max(0, self.running.num_blocks_of(one.num_tokens) - one.num_blocks) for one in self._holders)
 
     def _show(self, observe: Observer, step: Step) -> None:
         late = {request for request, _, _ in step.prefills}
@@ -435,22 +376,8 @@ class SimulatedEngine:
 
     def check(self) -> None:
         """Assert that every block and request is in one place; between two calls of `run`."""
-        step = self._step
-        scheduled = {request for request, _, _ in step.prefills} if step is not None else set()
-        holding = []
-        for request in self.running:
-            assert request.status is Status.RUNNING, f"{request.request_id} is {request.status}"
-            if request.end >= 0:
-                self.batch.settle(request)
-                # The step under way has taken the block that the request fills next.
-                request.num_blocks += step is not None and self.batch.needs_block(request)
-            else:
-                assert request in scheduled or request is self.prefill, f"{request.request_id} is forgotten"
-            holding.append(request)
-        assert sum(request.end >= 0 for request in holding) == self.batch.num_requests, "the batch has others"
+        self.running.check(self._step, [*self._holders, *self._gone.values()])
         assert all(request.status is not Status.RUNNING for request in self.loading), "a request waits and runs"
-        holding += [*self._holders, *self._gone.values()]
-        self.blocks.check((request.holding, request.num_blocks) for request in holding)
         if self.preemption is not None and self.preemption.swaps is not None:
             self.preemption.swaps.pool.check()
             self.preemption.preemptor.meter.check()

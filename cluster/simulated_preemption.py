@@ -53,10 +53,10 @@ class SimulatedPreemption:
         engine.loading.sort(key=lambda request: request.status is not Status.LOADING)
         if not self.preemptor.ahead or self.swaps is None or len(engine.running) < 2:
             return False
-        missing = engine.num_missing_blocks()
+        missing = engine.running.num_missing_blocks()
         if missing == 0 or not self.preemptor.lead():
             return False
-        engine.settle()
+        engine.running.settle()
         candidates = [self._candidate(engine, request) for request in engine.running]
         decisions = self.preemptor.choose(candidates, self._pressure(engine, missing, now_s))
         self._decided = {decision.request_id: decision for decision in decisions}
