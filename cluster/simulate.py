@@ -126,7 +126,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     if options.replicas < 1:
         raise ValueError(f"--replicas must be at least 1: it is {options.replicas}.")
     policies, admissions = _names(options.policy), _names(options.admission)
-    kinds = {policy: _kind(options, policy=policy) for policy in policies}
+    kinds = {policy: kind_of(options, policy=policy) for policy in policies}
     for admission in admissions:
         replace(kinds[policies[0]], admission=admission)  # refuses an unknown one before anything has run
     requests, dropped = _fitting(load_trace(options.trace), kinds[policies[0]], options)
@@ -196,7 +196,7 @@ def alone(kind: ReplicaKind, longest_prompt: int) -> Calibration:
     return Calibration.fit(records)
 
 
-def _kind(options: argparse.Namespace, *, policy: str) -> ReplicaKind:
+def kind_of(options: argparse.Namespace, *, policy: str) -> ReplicaKind:
     """The replicas that the options describe."""
     hardware = HARDWARE[options.hardware]
     config = MODELS.get(options.model) or json.loads(Path(options.model).read_text())

@@ -214,7 +214,15 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = "shared prefixes"
+"""What runs with the fast tests."""
+
+
+def _marked(name: str) -> Any:
+    return pytest.param(name, marks=[] if name == QUICK else [pytest.mark.engine])
+
+
+@pytest.mark.parametrize("name", map(_marked, CASES))
 def test_every_step_is_the_one_that_vllms_scheduler_schedules(tiny_model: Path, name: str) -> None:
     case = CASES[name]
     arguments = {"max_num_seqs": 32, "max_num_batched_tokens": 512, "max_model_len": 2048} | case.settings
@@ -230,6 +238,7 @@ def test_every_step_is_the_one_that_vllms_scheduler_schedules(tiny_model: Path, 
     assert num_preempted > 90 or name == "no pressure"
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("caching", [False, True], ids=["prefix cache off", "prefix cache on"])
 @pytest.mark.parametrize(("policy", "host_blocks"), [("recompute", 100), ("swap", 1000), ("swap", 12), ("random", 40)])
 def test_every_step_is_the_one_that_our_scheduler_schedules(
