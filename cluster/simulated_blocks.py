@@ -79,12 +79,8 @@ class SimulatedBlocks:
         Args:
             num_blocks: As vLLM counts them: one of them is never used (its null block).
             caching: Whether there is a prefix cache.
-
-        Raises:
-            ValueError: There is no block to use.
         """
-        if num_blocks < 2:
-            raise ValueError(f"num_blocks must be at least 2, for one of them is never used: it is {num_blocks}.")
+        assert num_blocks > 1, f"a pool of {num_blocks} blocks, one of them never used"
         self.num_blocks, self.caching = num_blocks, caching
         self.num_free = self._num_empty = num_blocks - 1
         self._queue: OrderedDict[PrefixBlock | OwnBlocks, None] = OrderedDict()

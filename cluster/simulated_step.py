@@ -27,6 +27,8 @@ class SimulatedSettings:
     """Off: every step by itself, to check strides."""
 
     def __post_init__(self) -> None:
+        if self.num_blocks < 2:
+            raise ValueError(f"num_blocks must be at least 2, for one of them is never used: it is {self.num_blocks}.")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a simulated engine must be at least 1: it is {getattr(self, name)}.")
