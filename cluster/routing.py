@@ -48,7 +48,7 @@ class RoundRobin:
         """See `Router`."""
         if not self._up:
             return None
-        self._last += 1
+        self._last = (self._last + 1) % self._num_places
         while self._last not in self._up:
             self._last = (self._last + 1) % self._num_places
         return self._last
