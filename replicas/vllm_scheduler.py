@@ -136,13 +136,7 @@ class _AdaptiveMixin(Scheduler):
         if began_s is None or not scheduled.num_scheduled_tokens:
             return
         tokens = scheduled.num_scheduled_tokens
-        prefills = []
-        if scheduled.total_num_scheduled_tokens > len(tokens):
-            prefills = [
-                Prefill(request_id=name, first=max(0, self.requests[name].num_computed_tokens - num), num_tokens=num)
-                for name, num in tokens.items()
-                if num > 1 and name in self.requests
-            ]
+        prefills = _prefills(scheduled) if scheduled.total_num_scheduled_tokens > len(tokens) else []
         self.preemptor.step_ended(
             now_s, now_s - began_s, num_decodes=len(tokens) - len(prefills), prefills=prefills,
             num_running=len(self.running),
@@ -343,6 +337,14 @@ class _AdaptiveMixin(Scheduler):
             costs_version=preemptor.costs.version,
             dropped_messages=self._channel.num_dropped if self._channel else 0,
         )
+
+
+def _prefills(scheduled: SchedulerOutput) -> list[Prefill]:
+    """A step's prefills, also those of requests that end with it."""
+    cached, tokens = scheduled.scheduled_cached_reqs, scheduled.num_scheduled_tokens
+    first = {request.req_id: request.num_computed_tokens for request in scheduled.scheduled_new_reqs}
+    first |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+    return [Prefill(request_id=name, first=first[name], num_tokens=num) for name, num in tokens.items() if num > 1]
 
 
 class AdaptiveScheduler(_AdaptiveMixin):
