@@ -18,7 +18,7 @@ from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_request import HASHED_TOKENS, SimulatedRequest, prefix_keys
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_swaps import SimulatedSwaps
-from cluster.simulated_time import LinearTimes
+from cluster.simulated_time import LinearTimes, StepTimes
 from cost_service.snapshot import CostSnapshot
 from replicas.config import PreemptionPolicy, SwapConfig
 from replicas.preemptor import Preemptor
@@ -137,12 +137,15 @@ def of_vllm(scheduler: Any, case: Case, execute: Any = None) -> Iterator[StepSee
 
 
 def of_simulation(
-    settings: SimulatedSettings, case: Case, preemption: SimulatedPreemption | None = None
+    settings: SimulatedSettings,
+    case: Case,
+    preemption: SimulatedPreemption | None = None,
+    times: StepTimes = LinearTimes(fixed_s=1.0),
 ) -> Iterator[StepSeen]:
     """Run the simulated engine; yield the same."""
     seen: list[StepSeen] = []
     engine = SimulatedEngine(
-        settings, LinearTimes(fixed_s=1.0), preemption=preemption, observe=lambda *step: seen.append(step)
+        settings, times, preemption=preemption, observe=lambda *step: seen.append(step)
     )
     arrivals = case.arrivals()[::-1]
     leaving: dict[int, list[SimulatedRequest]] = {}
