@@ -45,8 +45,8 @@ def test_nobody_is_chosen_while_all_are_down(router: RoundRobin | LeastLoaded) -
 def test_the_least_loaded_counts_what_waits_there() -> None:
     router = LeastLoaded()
     engines = [engine(), engine()]
-    for replica, one in enumerate(engines):
-        router.up(replica, one)
+    for number, one in enumerate(engines):
+        router.up(number, one)
     chosen = []
     for num_tokens in (160, 32, 32, 160):
         replica = router.choose(request())

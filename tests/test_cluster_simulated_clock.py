@@ -79,7 +79,7 @@ def clocked(runner: StampingRunner, clock: Clock) -> Callable[[Any], Any]:
                 said.seconds[direction] = COSTS.swap_fixed_s + rate_s * num
         return said
 
-    runner.worker.take_finished = lambda _: take_finished(clock.now_s)  # type: ignore[method-assign]
+    runner.worker.take_finished = lambda now_s: take_finished(clock.now_s)  # type: ignore[method-assign]
     runner.worker.take_report = report  # type: ignore[method-assign]
     return runner.execute
 

@@ -27,6 +27,8 @@ from tests.scheduler_runs import StampingRunner, build_scheduler
 
 StepSeen = tuple[list[tuple[str, int]], list[str]]
 
+ALL_ALIKE = LinearTimes(fixed_s=1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
@@ -60,7 +62,8 @@ class Case:
 
     def arrivals(self) -> list[Arrival]:
         rng = random.Random(self.seed)
-        arrivals, step = [], 0.0
+        arrivals: list[Arrival] = []
+        step = 0.0
         while step < self.steps:
             hashes: tuple[int, ...] = ()
             prompt = tuple(rng.randrange(3, 500) for _ in range(rng.randint(*self.prompt)))
@@ -140,13 +143,11 @@ def of_simulation(
     settings: SimulatedSettings,
     case: Case,
     preemption: SimulatedPreemption | None = None,
-    times: StepTimes = LinearTimes(fixed_s=1.0),
+    times: StepTimes = ALL_ALIKE,
 ) -> Iterator[StepSeen]:
     """Run the simulated engine; yield the same."""
     seen: list[StepSeen] = []
-    engine = SimulatedEngine(
-        settings, times, preemption=preemption, observe=lambda *step: seen.append(step)
-    )
+    engine = SimulatedEngine(settings, times, preemption=preemption, observe=lambda *step: seen.append(step))
     arrivals = case.arrivals()[::-1]
     leaving: dict[int, list[SimulatedRequest]] = {}
     now_s = 0.0
