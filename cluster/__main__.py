@@ -11,10 +11,12 @@ COMMANDS = {
     "policy": ("cluster.policy", "let running replicas follow another preemption policy"),
     "replay": ("cluster.replay", "let the policies decide again what a decision log holds"),
     "calibrate": ("cluster.calibrate", "measure what preemptions of a model cost on this machine"),
+    "simulate": ("cluster.simulate", "compare preemption policies on many simulated replicas, from a trace"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
     "report": ("cluster.report", "write a page (HTML) of what bench or simulate found"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
+    "bench-simulation": ("cluster.bench_simulation", "how many requests a second the simulator serves"),
     "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),
     "bench-http": ("cluster.bench_http", "compare this endpoint with plain vLLM's server over HTTP"),
 }

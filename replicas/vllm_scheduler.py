@@ -44,7 +44,7 @@ from replicas.vllm_internals import (
     SchedulerOutput,
     SchedulingPolicy,
 )
-from replicas.vllm_memory import MemoryView
+from replicas.vllm_memory import MemoryView, tenant_of
 from replicas.vllm_swap import SwapConnector
 
 logger = logging.getLogger(__name__)
@@ -130,19 +130,13 @@ class _AdaptiveMixin(Scheduler):
 
     def _learn(self, scheduled: SchedulerOutput, now_s: float) -> None:
         """Let meter and headroom know how long the step took, and the costs what the workers have measured."""
-        if self._swap is not None and (speeds := self._swap.scheduling.take_speeds()) is not None:
+        if self._swap is not None and (speeds := self._swap.take_speeds()) is not None:
             self.preemptor.costs = with_copies(self.preemptor.costs, speeds)
         began_s, self._step_began_s = self._step_began_s, now_s if self.running else None
         if began_s is None or not scheduled.num_scheduled_tokens:
             return
         tokens = scheduled.num_scheduled_tokens
-        prefills = []
-        if scheduled.total_num_scheduled_tokens > len(tokens):
-            prefills = [
-                Prefill(request_id=name, first=max(0, self.requests[name].num_computed_tokens - num), num_tokens=num)
-                for name, num in tokens.items()
-                if num > 1 and name in self.requests
-            ]
+        prefills = _prefills(scheduled) if scheduled.total_num_scheduled_tokens > len(tokens) else []
         self.preemptor.step_ended(
             now_s, now_s - began_s, num_decodes=len(tokens) - len(prefills), prefills=prefills,
             num_running=len(self.running),
@@ -185,7 +179,10 @@ class _AdaptiveMixin(Scheduler):
             assert self._swap is not None, "a swap was decided without a connector"
             (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
             # Zeroed by vLLM below. Tokens of steps in flight count: their KV is written before any copy of it is made.
-            num_copied = self._swap.scheduling.swap_out(request, block_ids)
+            num_copied = self._swap.scheduling.swap_out(
+                request.request_id, tenant=tenant_of(request), num_tokens=num_tokens, block_ids=block_ids,
+                now_s=time.monotonic(),
+            )  # fmt: skip
             if num_copied is None:
                 # Another victim of this step took the room, with what this one had retained there.
                 decision = replace(decision, action=Action.RECOMPUTE, reason="the host pool has no room any more")
@@ -340,6 +337,14 @@ class _AdaptiveMixin(Scheduler):
             costs_version=preemptor.costs.version,
             dropped_messages=self._channel.num_dropped if self._channel else 0,
         )
+
+
+def _prefills(scheduled: SchedulerOutput) -> list[Prefill]:
+    """A step's prefills, also those of requests that end with it."""
+    cached, tokens = scheduled.scheduled_cached_reqs, scheduled.num_scheduled_tokens
+    first = {request.req_id: request.num_computed_tokens for request in scheduled.scheduled_new_reqs}
+    first |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+    return [Prefill(request_id=name, first=first[name], num_tokens=num) for name, num in tokens.items() if num > 1]
 
 
 class AdaptiveScheduler(_AdaptiveMixin):

@@ -24,8 +24,9 @@ from replicas.config import SwapConfig
 from replicas.host_memory import available_memory_bytes
 from replicas.parent_watch import watch_parent
 from replicas.swap_planner import SwapPlan, SwapPlanner
+from replicas.swap_scheduling import SwapScheduling
 from replicas.throttled_link import Direction
-from replicas.vllm_block_copy import BlockCopier, bytes_per_block
+from replicas.vllm_block_copy import BlockCopier, CopySpeeds, bytes_per_block
 from replicas.vllm_internals import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -35,7 +36,6 @@ from replicas.vllm_internals import (
     SchedulerOutput,
     current_platform,
 )
-from replicas.vllm_swap_scheduling import SwapScheduling
 from replicas.vllm_swap_worker import SwapReport, SwapWorker
 
 
@@ -64,6 +64,7 @@ class SwapConnector(KVConnectorBase_V1):
             )
         # An unlimited host pool is of no use beyond a few times the device's own.
         self.num_slots = min(self.config.host_pool_bytes // self._block_bytes, 64 * kv_cache_config.num_blocks)
+        self._speeds: CopySpeeds | None = None
         self._scheduling: SwapScheduling | None = None
         self._working: SwapWorker | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -86,11 +87,17 @@ class SwapConnector(KVConnectorBase_V1):
         """Tokens to load beyond vLLM's own prefix cache (None: not yet), and whether the load is asynchronous."""
         if request.skip_reading_prefix_cache:
             return 0, False  # CVE-2026-116180: prompt log-probabilities must never be read over loaded blocks
-        return self.scheduling.num_loadable_tokens(request, num_computed_tokens)
+        return self.scheduling.num_loadable_tokens(
+            request.request_id, num_tokens=request.num_tokens, num_cached_tokens=num_computed_tokens,
+            now_s=time.monotonic(),
+        )  # fmt: skip
 
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load of a resumed request; a copy that is not wanted any more is released."""
-        self.scheduling.load(request, blocks.get_block_ids()[0], num_external_tokens)
+        self.scheduling.load(
+            request.request_id, num_tokens=request.num_tokens, num_loaded_tokens=num_external_tokens,
+            block_ids=blocks.get_block_ids()[0], now_s=time.monotonic(),
+        )  # fmt: skip
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> SwapMetadata:
         """Hand the step's plan to the workers."""
@@ -102,7 +109,7 @@ class SwapConnector(KVConnectorBase_V1):
         report = connector_output.kv_connector_worker_meta
         if report is not None:
             assert isinstance(report, SwapReport), type(report)
-            self.scheduling.speeds = report.speeds
+            self._speeds = report.speeds
             self.scheduling.lose(report.failed_slots)
             for one in report.transfers:
                 self.scheduling.meter.transferred(one.direction, one.num_blocks, one.seconds, shared=one.shared)
@@ -110,9 +117,14 @@ class SwapConnector(KVConnectorBase_V1):
                 if report.num_blocks[direction]:
                     self.scheduling.meter.copied(direction, report.num_blocks[direction], report.seconds[direction])
 
+    def take_speeds(self) -> CopySpeeds | None:
+        """Return what the workers have measured, once."""
+        speeds, self._speeds = self._speeds, None
+        return speeds
+
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Release what a finished or aborted request still holds in host memory; its device blocks may go at once."""
-        self.scheduling.forget(request)
+        self.scheduling.forget(request.request_id)
         return False, None
 
     def reset_cache(self) -> bool:

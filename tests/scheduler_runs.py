@@ -17,14 +17,25 @@ from tests.engine_runs import BLOCK_SIZE, Job
 
 
 def build_scheduler(
-    model: Path, *, num_blocks: int, asynchronous: bool, settings: Mapping[str, Any], **changes: Any
+    model: Path,
+    *,
+    num_blocks: int,
+    asynchronous: bool,
+    settings: Mapping[str, Any],
+    stock: bool = False,
+    **changes: Any,
 ) -> Any:
-    """Our scheduler with a connector of those settings, and KV blocks that exist in its books only."""
+    """Our scheduler with a connector of those settings, and KV blocks that exist in its books only.
+
+    Args:
+        stock: Whether it is vLLM's own, without a connector.
+    """
     import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
     from vllm.v1.structured_output import StructuredOutputManager
 
+    from replicas.vllm_internals import AsyncScheduler, Scheduler
     from replicas.vllm_scheduler import AdaptiveAsyncScheduler, AdaptiveScheduler
 
     arguments: dict[str, Any] = {
@@ -38,6 +49,8 @@ def build_scheduler(
             "kv_connector_extra_config": {"host_pool_bytes": 1 << 28, **settings},
         },
     }  # fmt: skip
+    if stock:
+        del arguments["kv_transfer_config"]
     config = EngineArgs(**arguments | changes).create_engine_config()
     config.scheduler_config.async_scheduling = asynchronous
     config.cache_config.num_gpu_blocks = num_blocks
@@ -54,7 +67,9 @@ def build_scheduler(
         ],
         kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
     )
-    cls = AdaptiveAsyncScheduler if asynchronous else AdaptiveScheduler
+    cls: Any = AdaptiveAsyncScheduler if asynchronous else AdaptiveScheduler
+    if stock:
+        cls = AsyncScheduler if asynchronous else Scheduler
     return cls(config, kv_cache, StructuredOutputManager(config), block_size=BLOCK_SIZE)
 
 

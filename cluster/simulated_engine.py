@@ -1,0 +1,383 @@
+"""One simulated engine: a replica's scheduler as vLLM 0.29's, step by step, in virtual time.
+
+Rules:
+- Running requests first, each a token or what the budget leaves of its prefill; then those who wait, while there are budget,
+  places and blocks. Who is short of a block preempts the last of the running. A step that preempts admits nobody.
+- Preemption runs the product's own objects (`cluster.simulated_preemption`); without them it is vLLM's own.
+- Steps are scheduled one by one, on what the step before has delivered. (vLLM schedules ahead on GPUs: the same steps, but
+  that a request's blocks are free a step later.)
+- At most one prefill is under way between steps, and it is the last of the running: it is not done because it had all the
+  budget that was left, so that nobody was admitted after it.
+- Steps in which nothing but decodes can happen are one stride. What comes in ends it at the next step's begin. Strides and
+  single steps give the same.
+
+Source: vLLM 0.29 `v1/core/sched/scheduler.py` (`schedule`, `update_from_output`), `v1/core/kv_cache_manager.py`.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+
+from cluster.simulated_blocks import NO_HIT
+from cluster.simulated_preemption import SimulatedPreemption
+from cluster.simulated_queue import FirstCome, WaitingQueue
+from cluster.simulated_request import SimulatedRequest, Status
+from cluster.simulated_running import RunningRequests
+from cluster.simulated_step import SimulatedSettings, Step
+from cluster.simulated_time import StepTimes
+
+Observer = Callable[[list[tuple[str, int]], list[str]], None]
+"""Sees each step: who computes how many tokens, in order, and who was preempted."""
+
+EMPTY_STEP_S = 1e-3
+"""What a step takes that schedules nobody: the engine asks again."""
+
+
+class SimulatedEngine:
+    """Waiting queue, running requests and KV blocks of one replica, and the step under way."""
+
+    def __init__(
+        self,
+        settings: SimulatedSettings,
+        times: StepTimes,
+        *,
+        waiting: WaitingQueue | None = None,
+        preemption: SimulatedPreemption | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        """Begin without requests.
+
+        Args:
+            times: What steps really take.
+            waiting: None: first come, first served.
+            preemption: None: vLLM's own.
+            observe: Called with every step; strides are off then.
+        """
+        self.settings, self.preemption = settings, preemption
+        self.running = RunningRequests(settings)
+        self.blocks, self.batch = self.running.blocks, self.running.batch
+        self.waiting: WaitingQueue = FirstCome() if waiting is None else waiting
+        self.loading: list[SimulatedRequest] = []
+        """Waiting requests that were passed over: blocks are loaded for them, or the link is not free for that."""
+        self.loaded: set[str] = set()
+        """Those whose load is done."""
+        self.next_s = math.inf
+        """When `run` is to be called next: the step under way ends, or something can begin."""
+        self.num_steps = self.num_scheduled_tokens = self.num_output_tokens = self.num_preemptions = 0
+        self.num_waiting_tokens = 0
+        """Of those in the waiting queue."""
+        self.least_free_blocks = self.blocks.num_free
+        self._times, self._observe = times, observe
+        self._stock_watermark = int(settings.watermark * settings.num_blocks)
+        self._strides = settings.strides and observe is None
+        self._step: Step | None = None
+        self._preempted: list[SimulatedRequest] = []
+        self.leaving: list[SimulatedRequest] = []
+        self._holders: set[SimulatedRequest] = set()
+        """Those who wait and hold blocks for a load."""
+        self._gone: dict[str, SimulatedRequest] = {}
+        """Those who have left while blocks were loaded for them."""
+
+    @property
+    def num_requests(self) -> int:
+        """All that are here."""
+        return len(self.running) + len(self.waiting) + len(self.loading)
+
+    def add(self, request: SimulatedRequest, now_s: float) -> None:
+        """Take in a request; it is seen when the next step begins.
+
+        Raises:
+            ValueError: It is longer than the engine allows, or does not fit into its KV blocks.
+        """
+        settings, num_tokens = self.settings, request.prompt_tokens + request.output_tokens
+        if request.prompt_tokens < 1 or request.output_tokens < 1:
+            raise ValueError(f"Request {request.request_id} must have at least one prompt and one output token.")
+        if num_tokens > settings.max_model_len or num_tokens > (settings.num_blocks - 1) * settings.block_size:
+            raise ValueError(
+                f"Request {request.request_id} has {num_tokens} tokens: it must fit into max_model_len "
+                f"({settings.max_model_len}) and into {settings.num_blocks - 1} KV blocks of {settings.block_size}."
+            )
+        self.waiting.add(request, now_s)
+        self.num_waiting_tokens += request.num_tokens
+        self.interrupt(now_s)
+
+    def abort(self, request: SimulatedRequest, now_s: float) -> None:
+        """Its client has left; its blocks are free when the next step begins."""
+        self.leaving.append(request)
+        self.interrupt(now_s)
+
+    def run(self, now_s: float) -> list[SimulatedRequest]:
+        """End the step under way and begin the next; return those who have finished, and those who have left."""
+        assert now_s == self.next_s, f"called at {now_s} s instead of {self.next_s} s"
+        over = self._end_step(now_s)
+        for request in self.leaving:
+            if request.status is not Status.FINISHED:
+                self._leave(request)
+                over.append(request)
+        self.leaving = []
+        self._begin_step(now_s)
+        return over
+
+    def end_s(self, step: Step, num_steps: int) -> float:
+        """When so many steps of a stride have ended."""
+        return step.end_s(self._times, num_steps)
+
+    def interrupt(self, now_s: float) -> None:
+        """Let the next step begin as soon as it can: a stride ends with the step under way."""
+        if self._step is None:
+            self.next_s = min(self.next_s, now_s)
+        elif self._step.num_steps > 1:
+            self._cut(self._step, now_s)
+
+    def _begin_step(self, now_s: float) -> None:
+        self._preempted = []
+        closed = self.preemption is not None and self.preemption.make_room(self, now_s)
+        self._grow(now_s)
+        step = self._step = Step(
+            start_s=now_s, num_decodes=self.batch.num_requests,
+            num_context_tokens=self.batch.num_context_tokens, prefills=[],
+        )  # fmt: skip
+        budget = self._continue_prefill(step, self.settings.max_num_batched_tokens - step.num_decodes, now_s)
+        closed = closed or bool(self._preempted)
+        if not closed:
+            self._admit(step, budget, now_s)
+        self.least_free_blocks = min(self.least_free_blocks, self.blocks.num_free)
+        wait_s = self.preemption.copy(now_s) if self.preemption is not None else 0.0
+        if self._observe is not None:
+            self._show(self._observe, step)
+        if not step.num_decodes and not step.prefills:
+            self._step = None
+            self.next_s = self._nobody_scheduled(now_s, wait_s)
+            return
+        self.num_steps += 1
+        step.wait_s = wait_s
+        if self._strides and not step.prefills and not closed and self._is_quiet():
+            free_steps = self.batch.num_steps_within(self.blocks.num_free, after=1)
+            step.num_steps = min(self.batch.num_steps_to_end, 1 + free_steps)
+        self.next_s = self.end_s(step, step.num_steps)
+        if step.num_steps > 1 and self.preemption is not None:
+            self._cut(step, self.preemption.first_load_s)
+
+    def _cut(self, step: Step, until_s: float) -> None:
+        """Let a stride end with its first step that ends at a time or after it."""
+        if self.next_s > until_s:
+            step.num_steps = 1 + bisect_left(
+                range(1, step.num_steps), until_s, key=lambda number: self.end_s(step, number)
+            )
+            self.next_s = self.end_s(step, step.num_steps)
+
+    def _is_quiet(self) -> bool:
+        """Whether nobody will be admitted while those who run only decode: all who wait were tried in this step."""
+        if self.preemption is None:
+            return True
+        if any(request.status is not Status.LOADING for request in self.loading):
+            return False  # the link may be free for them at any time
+        return not self.waiting or self.preemption.num_headroom_blocks == 0
+
+    def _nobody_scheduled(self, now_s: float, wait_s: float) -> float:
+        """When to try again after a step without anybody."""
+        if not self.num_requests:
+            return math.inf
+        retry_s = now_s + max(wait_s, EMPTY_STEP_S)
+        load_s = self.preemption.first_load_s if self.preemption is not None else math.inf
+        if self._preempted or any(request.status is not Status.LOADING for request in self.loading):
+            return retry_s
+        assert load_s < math.inf or self.loaded, "requests wait and nothing will ever change"
+        return min(max(load_s, now_s), retry_s) if load_s < math.inf else retry_s
+
+    def _grow(self, now_s: float) -> None:
+        """Give every request of the batch the block that it needs; while there is none, the last one running gives way."""
+        needed = self.batch.num_needed_blocks()
+        while True:
+            taken = min(needed, self.blocks.num_free)
+            self.blocks.take(taken)
+            needed -= taken
+            if not needed:
+                return
+            victim = self.running.last
+            if victim is not self.running.prefill:
+                needed -= self.batch.needs_block(victim)
+            self.preempt(victim, now_s)
+
+    def _continue_prefill(self, step: Step, budget: int, now_s: float) -> int:
+        """Schedule what fits of the prefill under way, if there is one; return what is left of the budget."""
+        request = self.running.prefill
+        if request is None or budget == 0:
+            return budget
+        num_new = min(request.num_tokens - request.num_computed, budget)
+        num_blocks = self.running.num_blocks_of(request.num_computed + num_new)
+        if num_blocks - request.num_blocks > self.blocks.num_free:
+            self.preempt(request, now_s)
+            return budget
+        step.prefills.append((request, request.num_computed, num_new))
+        self.running.extend(request, num_new, num_blocks)
+        return budget - num_new
+
+    def _admit(self, step: Step, budget: int, now_s: float) -> None:
+        """Admit those whose turn it is while there is room, in every respect."""
+        passed: list[SimulatedRequest] = []
+        while budget > 0 and (self.loading or self.waiting) and len(self.running) < self.settings.max_num_seqs:
+            request = self.loading[0] if self.loading else self.waiting.peek(now_s)
+            if request.status is Status.LOADING and request.request_id in self.loaded:
+                self.loaded.remove(request.request_id)
+                request.num_full_blocks = request.num_computed // self.settings.block_size
+                self.blocks.cache(request.holding, request.num_full_blocks)
+                request.status = Status.PREEMPTED
+            if request.status is not Status.LOADING:
+                num_new = self._allocate(step, request, budget, now_s)
+                if num_new is None:
+                    break
+                budget -= num_new
+            if self.loading:
+                del self.loading[0]
+            else:
+                self.num_waiting_tokens -= self.waiting.pop(now_s).num_tokens
+            if request.status is not Status.RUNNING:
+                passed.append(request)
+        self.loading[:0] = passed
+
+    def _allocate(self, step: Step, request: SimulatedRequest, budget: int, now_s: float) -> int | None:
+        """Give a waiting request its blocks: it runs then, or loads (0 tokens); None: it must wait, and all behind it.
+
+        One that can load, but not yet, is passed over: 0 tokens too.
+        """
+        settings, blocks = self.settings, self.blocks
+        hit, loaded, asynchronous = NO_HIT, 0, False
+        num_computed, num_held = request.num_computed, request.num_blocks
+        if num_computed == 0:
+            hit = blocks.find(request.holding, (request.num_tokens - 1) // settings.block_size)
+            num_computed, num_held = hit.num_blocks * settings.block_size, hit.num_blocks
+            if self.preemption is not None:
+                loadable, asynchronous = self.preemption.num_loadable_tokens(request, num_computed, now_s)
+                if loadable is None:
+                    return 0
+                loaded = loadable
+                num_computed += loaded
+        num_new = 0 if asynchronous else request.num_tokens - num_computed
+        if num_new > budget:
+            if not settings.enable_chunked_prefill:
+                return None
+            num_new = budget
+        kept = self.watermark_blocks if self.running else 0
+        num_all = max(0, self.running.num_blocks_of(request.num_tokens) - num_held) if settings.reserve_full_isl else 0
+        num_blocks = self.running.num_blocks_of(num_computed + num_new)
+        num_wanted = max(0, num_blocks - num_held)
+        reserved = self._num_reserved() if asynchronous else 0
+        if max(num_all, num_wanted + reserved) + hit.num_free_blocks + kept > blocks.num_free:
+            return None
+        if request.num_computed == 0:
+            blocks.hold(request.holding, hit)
+            request.num_blocks = request.num_full_blocks = hit.num_blocks
+        request.num_computed = num_computed
+        if asynchronous:
+            blocks.take(num_wanted)
+            request.num_blocks = num_blocks
+            request.status = Status.LOADING
+            self._holders.add(request)
+        else:
+            self._holders.discard(request)
+            step.prefills.append((request, num_computed, num_new))
+            self.running.start(request, num_new, num_blocks)
+        if self.preemption is not None:
+            self.preemption.load(request, loaded, now_s)
+        return num_new
+
+    def preempt(self, request: SimulatedRequest, now_s: float) -> None:
+        """Take a running request's blocks away; it waits again, ahead of all others."""
+        self.running.stop(request)
+        if self.preemption is not None:
+            self.preemption.take_away(self, request, now_s)
+        else:
+            request.recomputes += 1
+        self.running.free(request)
+        request.status = Status.PREEMPTED
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._preempted.append(request)
+        self.waiting.prepend(request, now_s)
+        self.num_waiting_tokens += request.num_tokens
+
+    @property
+    def watermark_blocks(self) -> int:
+        """Blocks that stay free when a request is admitted beside others."""
+        return self._stock_watermark + (self.preemption.num_headroom_blocks if self.preemption is not None else 0)
+
+    def _end_step(self, now_s: float) -> list[SimulatedRequest]:
+        """Deliver what the step under way has computed; return those who have all their tokens."""
+        if self.preemption is not None:
+            self._take_loaded(self.preemption.end_copies(now_s))
+        step, self._step = self._step, None
+        if step is None:
+            return []
+        num_more = step.num_steps - 1
+        self.blocks.take(self.batch.num_needed_blocks(num_more, after=1))
+        self.least_free_blocks = min(self.least_free_blocks, self.blocks.num_free)
+        self.num_steps += num_more
+        self.num_scheduled_tokens += step.num_steps * step.num_decodes + sum(num for _, _, num in step.prefills)
+        self.num_output_tokens += step.num_steps * step.num_decodes
+        finished = self.batch.advance(step.num_steps)
+        for request, _, num_new in step.prefills:
+            request.num_computed += num_new
+            if request.num_computed < request.num_tokens:
+                continue
+            if request.first_token_s is None:
+                request.first_token_s = now_s
+            self.num_output_tokens += 1
+            if self.running.deliver(request):
+                finished.append(request)
+        for request in finished:
+            request.status, request.finish_s = Status.FINISHED, now_s
+            self.running.end(request)
+            if self.preemption is not None:
+                self.preemption.forget(request)
+        if self.preemption is not None:
+            self.preemption.learn(self, step, now_s)
+        return finished
+
+    def _take_loaded(self, names: list[str]) -> None:
+        """Loads are done: their requests can run, or give their blocks back if they are not wanted any more."""
+        for name in names:
+            if (request := self._gone.pop(name, None)) is not None:
+                self.running.free(request)
+            else:
+                self.loaded.add(name)
+
+    def _leave(self, request: SimulatedRequest) -> None:
+        """Let go of a request whose client has left, wherever it is."""
+        assert request.status is not Status.ABORTED, f"{request.request_id} has left twice"
+        if request.status is Status.RUNNING:
+            self.running.stop(request)
+        elif request in self.loading:
+            self.loading.remove(request)
+        else:
+            self.waiting.remove(request)
+            self.num_waiting_tokens -= request.num_tokens
+        self._holders.discard(request)
+        if self.preemption is not None:
+            self.preemption.forget(request)
+        if request.status is Status.LOADING and request.request_id not in self.loaded:
+            self._gone[request.request_id] = request  # its blocks are still being filled
+        else:
+            self.loaded.discard(request.request_id)
+            if request.num_blocks:
+                self.running.free(request)
+        request.status = Status.ABORTED
+
+    def _num_reserved(self) -> int:
+        """Blocks that requests with loads under way will still want."""
+        return sum(max(0, self.running.num_blocks_of(one.num_tokens) - one.num_blocks) for one in self._holders)
+
+    def _show(self, observe: Observer, step: Step) -> None:
+        late = {request for request, _, _ in step.prefills}
+        decodes = [(request.request_id, 1) for request in self.running if request not in late and request.end >= 0]
+        assert len(decodes) == step.num_decodes, f"{len(decodes)} decodes in the queue, {step.num_decodes} in the batch"
+        others = [(request.request_id, num) for request, _, num in step.prefills]
+        observe([*decodes, *others], [request.request_id for request in self._preempted])
+
+    def check(self) -> None:
+        """Assert that every block and request is in one place; between two calls of `run`."""
+        self.running.check(self._step, [*self._holders, *self._gone.values()])
+        assert all(request.status is not Status.RUNNING for request in self.loading), "a request waits and runs"
+        if self.preemption is not None and self.preemption.swaps is not None:
+            self.preemption.swaps.pool.check()
+            self.preemption.preemptor.meter.check()

@@ -1,0 +1,199 @@
+"""Preemption in a simulated engine: what `replicas.vllm_scheduler` does around vLLM's scheduler, with the same objects.
+
+Rule: policy, guard, meter, headroom, host pool and plans of copies are the product's own; here are only a simulated engine's
+requests and blocks, turned into what they are asked with.
+"""
+
+from typing import TYPE_CHECKING
+
+from cluster.simulated_request import SimulatedRequest, Status
+from cluster.simulated_swaps import SimulatedSwaps
+from replicas.preemption import Action, PreemptionDecision
+from replicas.preemption_cost import Candidate, Pressure
+from replicas.preemption_meter import Prefill
+from replicas.preemptor import Preemptor
+from replicas.request_stamp import remaining_tokens
+from replicas.throttled_link import Direction
+
+if TYPE_CHECKING:
+    from cluster.simulated_engine import SimulatedEngine
+    from cluster.simulated_step import Step
+
+REPORT_INTERVAL_S = 0.1
+"""As `replicas.vllm_scheduler.TOTALS_INTERVAL_S`."""
+
+
+class SimulatedPreemption:
+    """The decisions of one simulated engine."""
+
+    def __init__(self, preemptor: Preemptor, swaps: SimulatedSwaps | None) -> None:
+        """Begin without requests.
+
+        Args:
+            preemptor: With the meter of `swaps`, if there are any.
+            swaps: None: nothing is ever swapped.
+        """
+        self.preemptor, self.swaps = preemptor, swaps
+        self._decided: dict[str, PreemptionDecision] = {}
+        self._next_report_s = 0.0
+        self._reported = (0, 0)
+
+    @property
+    def num_headroom_blocks(self) -> int:
+        """Blocks to keep free at admission."""
+        return self.preemptor.headroom.num_blocks
+
+    @property
+    def first_load_s(self) -> float:
+        """When the next load is done; infinite without any."""
+        return self.swaps.first_load_s if self.swaps is not None else float("inf")
+
+    def make_room(self, engine: "SimulatedEngine", now_s: float) -> bool:
+        """Preempt ahead of the running loop what it would otherwise have to; whether anybody was."""
+        engine.loading.sort(key=lambda request: request.status is not Status.LOADING)
+        if not self.preemptor.ahead or self.swaps is None or len(engine.running) < 2:
+            return False
+        missing = engine.running.num_missing_blocks()
+        if missing == 0 or not self.preemptor.lead():
+            return False
+        engine.running.settle()
+        candidates = [self._candidate(engine, request) for request in engine.running]
+        decisions = self.preemptor.choose(candidates, self._pressure(engine, missing, now_s))
+        self._decided = {decision.request_id: decision for decision in decisions}
+        for request in [request for request in engine.running if request.request_id in self._decided]:
+            engine.preempt(request, now_s)
+        assert not self._decided, "a decision was not carried out"
+        self._line_up_preempted(engine, now_s)
+        return bool(decisions)
+
+    def take_away(self, engine: "SimulatedEngine", request: SimulatedRequest, now_s: float) -> None:
+        """Decide a victim's fate while its blocks are still its own; it does not run any more."""
+        decision = self._decided.pop(request.request_id, None)
+        if decision is None:
+            decision = self.preemptor.decide(self._candidate(engine, request), self._pressure(engine, 1, now_s))
+        num_copied = None
+        if decision.action is Action.SWAP:
+            assert self.swaps is not None, "a swap was decided without a connector"
+            num_copied = self.swaps.swap_out(request, now_s)
+            if num_copied is None:
+                decision = PreemptionDecision(
+                    decision.request_id, Action.RECOMPUTE, decision.num_blocks, decision.prices,
+                    "the host pool has no room any more",
+                )  # fmt: skip
+        if num_copied is None and self.swaps is not None:
+            self.swaps.release(request)
+        if decision.action is Action.SWAP:
+            request.swaps += 1
+        else:
+            request.recomputes += 1
+        self.preemptor.preempted(
+            decision, now_s=now_s, num_tokens=request.num_computed, num_running=max(1, len(engine.running)),
+            num_copied_blocks=num_copied or 0,
+        )  # fmt: skip
+
+    def num_loadable_tokens(
+        self, request: SimulatedRequest, num_cached_tokens: int, now_s: float
+    ) -> tuple[int | None, bool]:
+        """Tokens to load beyond the cached ones (None: not yet), and whether asynchronously."""
+        if self.swaps is None:
+            return 0, False
+        return self.swaps.scheduling.num_loadable_tokens(
+            request.request_id, num_tokens=request.num_tokens, num_cached_tokens=num_cached_tokens, now_s=now_s
+        )
+
+    def load(self, request: SimulatedRequest, num_loaded_tokens: int, now_s: float) -> None:
+        """A waiting request has blocks: let what it has in host memory be loaded."""
+        if self.swaps is not None:
+            self.swaps.load(request, num_loaded_tokens, now_s)
+
+    def copy(self, now_s: float) -> float:
+        """Let the step's copies begin; return for how many seconds the engine waits for them."""
+        return self.swaps.execute(now_s) if self.swaps is not None else 0.0
+
+    def end_copies(self, now_s: float) -> list[str]:
+        """The step has ended; return the requests whose loads are done by now."""
+        return self.swaps.finish(now_s) if self.swaps is not None else []
+
+    def forget(self, request: SimulatedRequest) -> None:
+        """The request has finished or was aborted."""
+        self.preemptor.meter.forget(request.request_id)
+        if self.swaps is not None:
+            self.swaps.forget(request.request_id)
+
+    def learn(self, engine: "SimulatedEngine", step: "Step", now_s: float) -> None:
+        """Let the preemptor know how long each step of a stride took, the last of which has just ended."""
+        num_running = step.num_decodes + len(step.prefills)
+        tokens = engine.num_output_tokens - (step.num_steps - 1) * step.num_decodes
+        prefills = [
+            Prefill(request_id=request.request_id, first=cached, num_tokens=num)
+            for request, cached, num in step.prefills
+            if num > 1
+        ]
+        num_decodes = num_running - len(prefills)
+        start_s = step.start_s
+        for number in range(1, step.num_steps + 1):
+            end_s = engine.end_s(step, number)
+            left = len(engine.running) if number == step.num_steps else num_running
+            self.preemptor.step_ended(
+                end_s, end_s - start_s, num_decodes=num_decodes, prefills=prefills, num_running=left
+            )
+            if self.swaps is not None:
+                self.swaps.scheduling.step_s = end_s - start_s
+            start_s = end_s
+            if end_s >= self._next_report_s or (number == step.num_steps and not engine.num_requests):
+                self._next_report_s = end_s + REPORT_INTERVAL_S
+                self._report(end_s, tokens, left)
+            tokens += step.num_decodes
+
+    def _report(self, now_s: float, num_tokens: int, num_running: int) -> None:
+        """Tell the guard what was delivered since the last report."""
+        num_preemptions = sum(self.preemptor.num_preemptions.values())
+        before_tokens, before_preemptions = self._reported
+        self._reported = (num_tokens, num_preemptions)
+        self.preemptor.report(
+            now_s, num_tokens=num_tokens - before_tokens, num_preemptions=num_preemptions - before_preemptions,
+            num_running=num_running,
+        )  # fmt: skip
+
+    def _line_up_preempted(self, engine: "SimulatedEngine", now_s: float) -> None:
+        """Let those who gave way come back in the order of their arrival."""
+        victims = []
+        while engine.waiting and engine.waiting.peek(now_s).status is Status.PREEMPTED:
+            victims.append(engine.waiting.pop(now_s))
+        for request in sorted(victims, key=lambda request: request.arrival_s, reverse=True):
+            engine.waiting.prepend(request, now_s)
+
+    def _candidate(self, engine: "SimulatedEngine", request: SimulatedRequest) -> Candidate:
+        """The request as a candidate for giving way; its numbers are settled."""
+        block_size, pool = engine.settings.block_size, self.swaps.pool if self.swaps is not None else None
+        num_shared = engine.blocks.num_shared(request.holding)
+        num_surviving = max(num_shared, int(self.preemptor.meter.survival * request.num_blocks)) * block_size
+        return Candidate(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            num_tokens=request.num_computed,
+            num_blocks=request.num_blocks,
+            num_freed_blocks=request.num_blocks - num_shared,
+            num_surviving_tokens=min(num_surviving, request.num_computed),
+            num_host_blocks=pool.num_retained_blocks(request.request_id) if pool else 0,
+            num_host_slots=pool.num_available_slots(request.tenant, request.request_id) if pool else 0,
+            num_remaining_tokens=remaining_tokens(request.stamp, request.num_output, request.output_tokens),
+            num_preemptions=request.num_preemptions,
+        )
+
+    def _pressure(self, engine: "SimulatedEngine", num_needed_blocks: int, now_s: float) -> Pressure:
+        swaps, meter = self.swaps, self.preemptor.meter
+        queues_s = swaps.scheduling.queues_s(now_s) if swaps is not None else dict.fromkeys(Direction, 0.0)
+        return Pressure(
+            num_needed_blocks=num_needed_blocks,
+            num_pool_blocks=engine.settings.num_blocks,
+            num_running=max(1, len(engine.running)),
+            num_batch_tokens=len(engine.running),
+            num_free_host_slots=swaps.pool.num_free_slots + swaps.pool.num_retained_slots if swaps is not None else 0,
+            out_queue_s=queues_s[Direction.OUT],
+            in_queue_s=queues_s[Direction.IN],
+            step_s=self.preemptor.step_s,
+            resume_wait_s=meter.resume_wait_s,
+            swap_excess_s=meter.swap_excess_s,
+            unsafe=None if swaps is not None else "no SwapConnector is configured",
+        )

@@ -1,0 +1,89 @@
+"""What the replicas of a simulated cluster are like, and the engines that run there."""
+
+from dataclasses import dataclass, replace
+
+from cluster.bench_arm import STOCK
+from cluster.simulated_engine import SimulatedEngine
+from cluster.simulated_preemption import SimulatedPreemption
+from cluster.simulated_queue import FirstCome, WaitingQueue
+from cluster.simulated_step import SimulatedSettings
+from cluster.simulated_swaps import SimulatedSwaps
+from cluster.simulated_time import StepTimes
+from cost_service.snapshot import CostSnapshot
+from replicas.config import PreemptionPolicy, SwapConfig
+from replicas.guard import GuardSettings
+from replicas.preemptor import Preemptor
+from replicas.throttled_link import LinkSettings, ThrottledLink
+
+FIRST_COME = "first-come"
+ADMISSIONS: dict[str, type[WaitingQueue]] = {FIRST_COME: FirstCome}
+"""Waiting queues by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaKind:
+    """What all replicas have in common."""
+
+    settings: SimulatedSettings
+    times: StepTimes
+    """What steps really take."""
+
+    costs: CostSnapshot
+    """What copies really take, and what preemptions are priced with."""
+
+    block_bytes: int
+    policy: str = STOCK
+    """vLLM's own preemption, or a `PreemptionPolicy`."""
+
+    admission: str = FIRST_COME
+    host_bytes: int = 0
+    """Host memory of one replica."""
+
+    link: LinkSettings | None = None
+    """Of one host, beside the engines; None: engines copy by themselves, and wait."""
+
+    replicas_per_host: int = 1
+    guard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.policy != STOCK and self.policy not in list(PreemptionPolicy):
+            raise ValueError(f"policy must be {STOCK} or one of {', '.join(PreemptionPolicy)}: it is {self.policy!r}.")
+        if self.admission not in ADMISSIONS:
+            raise ValueError(f"admission must be one of {', '.join(ADMISSIONS)}: it is {self.admission!r}.")
+        if self.replicas_per_host < 1 or self.host_bytes < 0:
+            raise ValueError("replicas_per_host must be at least 1, and host_bytes not negative.")
+
+
+class ReplicaBuilder:
+    """Builds engines of one kind; those of a host share its link."""
+
+    def __init__(self, kind: ReplicaKind) -> None:
+        self.kind = kind
+        self._links: dict[int, ThrottledLink] = {}
+
+    def __call__(self, number: int) -> SimulatedEngine:
+        """Return a fresh engine for a replica."""
+        kind = self.kind
+        waiting = ADMISSIONS[kind.admission]()
+        if kind.policy == STOCK:
+            return SimulatedEngine(kind.settings, kind.times, waiting=waiting)
+        policy, link = PreemptionPolicy(kind.policy), None
+        if kind.link is not None:
+            link = self._links.setdefault(number // kind.replicas_per_host, ThrottledLink(kind.link))
+        swaps = SimulatedSwaps(
+            SwapConfig(preemption=policy, host_pool_bytes=kind.host_bytes), kind.costs, block_bytes=kind.block_bytes,
+            num_pool_blocks=kind.settings.num_blocks, host_link=link,
+        )  # fmt: skip
+        preemptor = Preemptor(
+            policy, kind.costs, meter=swaps.scheduling.meter, guard=GuardSettings() if kind.guard else None
+        )
+        return SimulatedEngine(
+            kind.settings, kind.times, waiting=waiting, preemption=SimulatedPreemption(preemptor, swaps)
+        )
+
+
+def ample(kind: ReplicaKind) -> ReplicaKind:
+    """The same with vLLM's own preemption and more KV blocks than anybody needs."""
+    settings = kind.settings
+    most = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size)
+    return replace(kind, policy=STOCK, settings=replace(settings, num_blocks=1 + most))

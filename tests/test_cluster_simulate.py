@@ -1,0 +1,107 @@
+"""Goal: `python -m cluster simulate` as a user calls it: a table, the same bytes every time, and clear refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.__main__ import main
+from cluster.record_table import RecordTable
+from cluster.records import RequestRecord
+
+
+@pytest.fixture(name="trace")
+def _trace(tmp_path: Path) -> str:
+    path = tmp_path / "trace.csv"
+    lines = [f"{number * 0.02},t{number % 3},{1 + number * 37 % 900},{1 + number * 53 % 300}" for number in range(150)]
+    path.write_text("\n".join(["arrival_s,tenant,prompt_tokens,output_tokens", *lines]) + "\n")
+    return f"csv:{path}"
+
+
+def test_the_same_command_gives_the_same_bytes(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for name in ("a", "b"):
+        arguments = ["simulate", "--trace", trace, "--replicas", "2", "--policy", "stock,recompute,swap,adaptive"]
+        arguments += [
+            "--pool-fraction",
+            "0.4",
+            "--crash-interval-s",
+            "20",
+            "--restart-s",
+            "2",
+            "--check",
+            "--host-gib",
+            "0.5",
+        ]
+        assert main([*arguments, "--json", str(tmp_path / name)]) == 0
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
+    report = json.loads(texts[0])
+    assert list(report["arms"]) == ["stock", "recompute", "swap", "adaptive"]
+    assert report["num_kv_blocks"] < report["demand_kv_blocks"]
+    assert all(arm["requests"] == 150 and arm["unfinished"] == 0 for arm in report["arms"].values())
+    assert report["arms"]["swap"]["swaps"] > 0 == report["arms"]["stock"]["swaps"]
+    assert report["arms"]["stock"]["preemptions"] > 10
+    assert all(arm["most_kv_blocks"] == report["num_kv_blocks"] - 1 for arm in report["arms"].values())
+    out = capsys.readouterr().out
+    assert "SIMULATED" in out
+    assert "ratio to stock" in out
+
+
+def test_where_memory_is_ample_the_policies_are_the_same(trace: str, tmp_path: Path) -> None:
+    assert main(["simulate", "--trace", trace, "--replicas", "1", "--json", str(tmp_path / "a")]) == 0
+    arms = json.loads((tmp_path / "a").read_text())["arms"]
+    assert arms["stock"]["preemptions"] == 0
+    assert arms["stock"] == arms["adaptive"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "0"], "--replicas must be at least 1"),
+        (["--policy", "stock,best"], "policy must be stock or one of"),
+        (["--policy", "stock,stock"], "names one twice"),
+        (["--admission", "fair-ish"], "admission must be one of"),
+        (["--pool-blocks", "40"], "--too-long drop leaves them out"),
+        (["--pool-blocks", "1"], "num_blocks must be at least 2"),
+        (["--host-gib", "-1"], "--host-gib must not be negative"),
+        (["--crash-interval-s", "0"], "crash_interval_s must be above 0"),
+        (["--model", "none.json"], "none.json cannot be used"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    trace: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", "--trace", trace, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("Error: ")
+    assert message in error
+
+
+def test_requests_that_no_replica_can_hold_are_counted(trace: str, tmp_path: Path) -> None:
+    arguments = ["simulate", "--trace", trace, "--policy", "stock", "--pool-blocks", "40", "--too-long", "drop"]
+    assert main([*arguments, "--json", str(tmp_path / "a")]) == 0
+    report = json.loads((tmp_path / "a").read_text())
+    assert report["dropped_requests"] > 0
+    assert report["requests"] == 150 - report["dropped_requests"] == report["arms"]["stock"]["requests"]
+
+
+def test_a_table_gives_back_the_records_that_it_took() -> None:
+    records = [
+        RequestRecord(
+            request_id="7", tenant="a", arrival_s=1.0, first_token_s=2.0, finish_s=3.5, prompt_tokens=4, output_tokens=5,
+            delivered_tokens=5, swaps=1, recomputes=2,
+        ),
+        RequestRecord(
+            request_id="8", tenant="b", arrival_s=1.5, first_token_s=None, finish_s=None, prompt_tokens=4,
+            output_tokens=5, delivered_tokens=0,
+        ),
+    ]  # fmt: skip
+    table = RecordTable()
+    for record in records:
+        table.add(record)
+    assert list(table) == records
+    assert table[-1] == records[1]
+    assert table[:1] == records[:1]
+    with pytest.raises(IndexError, match="There are 2 records"):
+        table[2]

@@ -1,0 +1,166 @@
+"""Goal: with one clock, the simulated engine decides and learns exactly what our scheduler does.
+
+Method: as `tests.test_cluster_simulated_lockstep`, but our scheduler's clock is the simulation's, and its copies are said to
+take what simulated ones take. So all that hangs on time is held too: prices, the guard, the headroom, and the loads over a
+throttled link.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.simulated_engine import SimulatedEngine
+from cluster.simulated_preemption import SimulatedPreemption
+from cluster.simulated_swaps import SimulatedSwaps
+from cluster.simulated_time import LinearTimes
+from cost_service.snapshot import CostSnapshot
+from replicas.config import PreemptionPolicy, SwapConfig
+from replicas.guard import GuardSettings
+from replicas.preemptor import Preemptor
+from replicas.throttled_link import Direction
+from tests.engine_runs import BLOCK_SIZE
+from tests.scheduler_runs import StampingRunner, build_scheduler
+from tests.test_cluster_simulated_lockstep import Case, of_simulation, of_vllm, settings_of
+
+pytestmark = pytest.mark.engine
+
+BLOCK_BYTES = 2 * BLOCK_SIZE * 2 * 32 * 4
+
+COSTS = CostSnapshot(
+    version=1, model="tiny", hardware="cpu", parallelism=1, block_size=BLOCK_SIZE, recompute_fixed_s=1e-3,
+    ridge_tokens=20.0, token_s=1e-4, attention_s=1e-8, swap_fixed_s=2e-3, out_block_s=2e-4, in_block_s=2e-4,
+)  # fmt: skip
+
+TIMES = LinearTimes(
+    fixed_s=0.01,
+    decode_s=1e-4,
+    context_s=1e-6,
+    prefill_fixed_s=1e-3,
+    ridge_tokens=20.0,
+    token_s=1.2e-4,
+    attention_s=1e-8,
+)
+
+
+class Clock:
+    """What `time.monotonic` is to say."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+class ClockedPreemption(SimulatedPreemption):
+    """Sets the clock to the begin of each simulated step."""
+
+    def __init__(self, preemptor: Preemptor, swaps: SimulatedSwaps, clock: Clock) -> None:
+        super().__init__(preemptor, swaps)
+        self._clock = clock
+
+    def make_room(self, engine: SimulatedEngine, now_s: float) -> bool:
+        self._clock.now_s = now_s
+        return super().make_room(engine, now_s)
+
+
+def clocked(runner: StampingRunner, clock: Clock) -> Callable[[Any], Any]:
+    """Execute steps whose copies and loads take what simulated ones do."""
+    take_finished, take_report = runner.worker.take_finished, runner.worker.take_report
+
+    def report() -> Any:
+        said = take_report()
+        for direction, rate_s in ((Direction.OUT, COSTS.out_block_s), (Direction.IN, COSTS.in_block_s)):
+            if num := said.num_blocks[direction]:
+                said.seconds[direction] = COSTS.swap_fixed_s + rate_s * num
+        return said
+
+    runner.worker.take_finished = lambda now_s: take_finished(clock.now_s)  # type: ignore[method-assign]
+    runner.worker.take_report = report  # type: ignore[method-assign]
+    return runner.execute
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """One clock for vLLM's scheduler, ours, and the connector."""
+    clock = Clock()
+    for module in ("replicas.vllm_scheduler", "replicas.vllm_swap", "vllm.v1.core.sched.scheduler"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+LINK = {"throttled_link_bytes_per_s": 60 * BLOCK_BYTES, "throttled_link_latency_s": 0.004}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clocked:
+    """A workload, and what hangs on time."""
+
+    case: Case
+    policy: str = "adaptive"
+    host_blocks: int = 1000
+    slow_link: bool = False
+    slowness: float = 1.0
+    """Of prefills, against what the costs say."""
+
+
+def case(seed: int, *, interval: float = 4.0, **changes: Any) -> Case:
+    return Case(seed=seed, steps=3000, equal=False, interval=interval, **changes)
+
+
+CACHING = {"enable_prefix_caching": True}
+
+CASES = {
+    "adaptive": Clocked(case=case(30)),
+    "adaptive, shared prefixes": Clocked(
+        case=case(31, interval=5.0, shared=True, num_blocks=90, output=(100, 300), settings=CACHING)
+    ),
+    "adaptive, small host": Clocked(case=case(32), host_blocks=20),
+    "adaptive, slow link": Clocked(case=case(33), slow_link=True),
+    "adaptive, small chunks": Clocked(case=case(36, settings={"max_num_batched_tokens": 64})),
+    "adaptive, short answers": Clocked(
+        case=case(37, interval=1.5, num_blocks=40, output=(1, 60), settings=CACHING), slow_link=True
+    ),
+    "adaptive, guarded": Clocked(case=case(38, num_blocks=50, output=(50, 200)), slow_link=True, slowness=6.0),
+    "swap, slow link": Clocked(case=case(34), policy="swap", slow_link=True),
+    "swap, slow link, prefix cache": Clocked(case=case(35, settings=CACHING), policy="swap", slow_link=True),
+}
+
+SAME = ("num_preemptions", "num_measured", "predicted_s", "measured_s", "guarded", "num_guarded_steps")
+"""What both preemptors are to say after every step."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_one_clock_both_decide_and_learn_the_same(tiny_model: Path, clock: Clock, name: str) -> None:
+    one = CASES[name]
+    swap = {
+        "preemption": one.policy,
+        "host_pool_bytes": one.host_blocks * BLOCK_BYTES,
+        **(LINK if one.slow_link else {}),
+    }
+    scheduler = build_scheduler(
+        tiny_model, num_blocks=one.case.num_blocks, asynchronous=False,
+        settings=swap | {"cost_snapshot": COSTS.to_json()}, hf_overrides={"max_position_embeddings": 2048},
+        **{"max_num_batched_tokens": 512, "max_model_len": 2048} | one.case.settings,
+    )  # fmt: skip
+    swaps = SimulatedSwaps(
+        SwapConfig.from_mapping(swap), COSTS, block_bytes=BLOCK_BYTES, num_pool_blocks=one.case.num_blocks
+    )
+    preemptor = Preemptor(PreemptionPolicy(one.policy), COSTS, meter=swaps.scheduling.meter, guard=GuardSettings())
+    times = replace(TIMES, token_s=one.slowness * TIMES.token_s)
+    preemption = ClockedPreemption(preemptor, swaps, clock)
+    simulation = of_simulation(settings_of(scheduler), one.case, preemption, times=times)
+    vllm = of_vllm(scheduler, one.case, clocked(StampingRunner(scheduler), clock))
+    for step, (ours, theirs) in enumerate(zip(simulation, vllm, strict=True)):
+        assert ours == theirs, f"step {step}"
+        for what in SAME:
+            said = getattr(preemptor, what), getattr(scheduler.preemptor, what)
+            assert said[0] == pytest.approx(said[1]), f"step {step}: {what}"
+        assert preemptor.headroom.num_blocks == scheduler.preemptor.headroom.num_blocks, f"step {step}"
+    assert swaps.num_swapped_in_blocks == scheduler.num_swapped_in_blocks
+    assert sum(preemptor.num_preemptions.values()) > 25
+    assert (preemptor.num_guarded_steps > 0) == (name == "adaptive, guarded")
