@@ -13,6 +13,7 @@ COMMANDS = {
     "calibrate": ("cluster.calibrate", "measure what preemptions of a model cost on this machine"),
     "simulate": ("cluster.simulate", "compare preemption policies on many simulated replicas, from a trace"),
     "bench": ("cluster.bench", "compare preemption policies with real engines on this machine"),
+    "validate": ("cluster.validate", "compare the simulator with what real engines were recorded to do"),
     "report": ("cluster.report", "write a page (HTML) of what bench or simulate found"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),

@@ -151,7 +151,7 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
         if not any(model.attention for model in models):
             print(f"{gpu}: attention was not measured, so there are no step times to fit.", file=sys.stderr)
             continue
-        times = StepTime()
+        times = StepTime(known_hardware(gpu))
         times.fit(models)
         for model in models:
             print(f"{model.name}: fitting ...", file=sys.stderr)

@@ -23,7 +23,7 @@ from sklearn.linear_model import Ridge
 from cost_service.hardware import UNCERTAINTY, Hardware
 from cost_service.hats import hats
 from cost_service.model_shape import ModelShape
-from cost_service.operator_time import UNMEASURED
+from cost_service.operator_time import collective_roofline
 from cost_service.operators import (
     COLLECTIVE,
     HALF,
@@ -127,14 +127,16 @@ class EngineStep:
         *,
         parallelism: int = 1,
         precision: Precision = HALF,
+        hardware: Hardware | None = None,
         collectives: bool = True,
     ) -> None:
         """Begin with rates alone; `fit` learns them.
 
         Args:
+            hardware: Whose links ranks send over.
             collectives: Whether what ranks send each other counts; profilers of one rank do not see it.
         """
-        self._collectives = collectives
+        self._links = collective_roofline(hardware) if collectives else None
         self.shape, self.rates, self.parallelism, self.precision = shape, rates, parallelism, precision
         self.residual = Residual(HatsRidge)
         self._dense_s = lru_cache(maxsize=1 << 16)(self._dense_seconds)
@@ -151,7 +153,7 @@ class EngineStep:
             bytes_per_s=hardware.bytes_per_s, attention_flops_per_s=hardware.attention_flops_per_s,
             kv_bytes_per_s=hardware.kv_bytes_per_s, norm=3.0,
         )  # fmt: skip
-        step = cls(shape, rates, parallelism=parallelism, collectives=collectives)
+        step = cls(shape, rates, parallelism=parallelism, hardware=hardware, collectives=collectives)
         step.residual.log_errors = (-math.log(UNCERTAINTY), math.log(UNCERTAINTY))
         return step
 
@@ -246,8 +248,8 @@ class EngineStep:
             if one.family == MATMUL:
                 flops[one.per_sequence] += one.calls * one.flops(rows)
                 moved[one.per_sequence] += one.calls * one.bytes_moved(rows)
-            elif one.family == COLLECTIVE and self._collectives:
-                links_s += one.calls * UNMEASURED[COLLECTIVE].seconds(np.zeros(len(rows)), one.bytes_moved(rows))
+            elif one.family == COLLECTIVE and self._links is not None:
+                links_s += one.calls * self._links.seconds(np.zeros(len(rows)), one.bytes_moved(rows))
         nothing = np.zeros(len(tokens))
         return _Work(
             tokens, sequences, flops[False], moved[False], flops[True], moved[True], links_s, nothing, nothing

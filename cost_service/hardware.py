@@ -29,6 +29,9 @@ class Datasheet:
     host_bytes_per_s: float
     """To host memory, one direction."""
 
+    rank_bytes_per_s: float | None = None
+    """NVLink to other devices, one direction; None: they talk over the link to the host."""
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read `name=X,flops=3e14,bytes=2e12,host=3.2e10`.
@@ -85,6 +88,12 @@ class Hardware:
     copy_fixed_s: float
     """To hand one batch of copies over."""
 
+    rank_bytes_per_s: float
+    """Between ranks, as an all-reduce sees it."""
+
+    rank_latency_s: float
+    """Of one all-reduce."""
+
     copies_stall: bool
     """Whether the engine waits for its copies (CPU), or they run beside it (GPU)."""
 
@@ -101,21 +110,31 @@ class Hardware:
             prefill_fixed_s=2e-3,
             copy_bytes_per_s=REACHED["host_bytes"] * sheet.host_bytes_per_s,
             copy_fixed_s=5e-3,
+            rank_bytes_per_s=REACHED["rank_bytes"] * (sheet.rank_bytes_per_s or sheet.host_bytes_per_s),
+            rank_latency_s=1.5e-5 if sheet.rank_bytes_per_s else 4e-5,
             copies_stall=False,
         )
 
 
-REACHED = {"flops": 0.65, "bytes": 0.85, "attention_flops": 0.4, "kv_bytes": 0.45, "host_bytes": 0.78}
-"""Shares of the peaks; copies as measured with blocks of 0.5 to 2 MB over PCIe."""
+REACHED = {
+    "flops": 0.65,
+    "bytes": 0.85,
+    "attention_flops": 0.4,
+    "kv_bytes": 0.45,
+    "host_bytes": 0.78,
+    "rank_bytes": 0.4,
+}
+"""Shares of the peaks; copies as measured with blocks of 0.5 to 2 MB over PCIe, all-reduces as a recorded run of two RTX PRO
+6000 shows them (`python -m cluster validate`)."""
 
 DATASHEETS = (
     Datasheet(name="A10G", flops_per_s=70e12, bytes_per_s=0.6e12, host_bytes_per_s=32e9),
-    Datasheet(name="A100", flops_per_s=312e12, bytes_per_s=2.04e12, host_bytes_per_s=32e9),
+    Datasheet(name="A100", flops_per_s=312e12, bytes_per_s=2.04e12, host_bytes_per_s=32e9, rank_bytes_per_s=300e9),
     Datasheet(name="L4", flops_per_s=121e12, bytes_per_s=0.3e12, host_bytes_per_s=32e9),
     Datasheet(name="L40S", flops_per_s=362e12, bytes_per_s=0.864e12, host_bytes_per_s=32e9),
-    Datasheet(name="H100", flops_per_s=989e12, bytes_per_s=3.35e12, host_bytes_per_s=64e9),
-    Datasheet(name="H200", flops_per_s=989e12, bytes_per_s=4.8e12, host_bytes_per_s=64e9),
-    Datasheet(name="B200", flops_per_s=2250e12, bytes_per_s=8.0e12, host_bytes_per_s=64e9),
+    Datasheet(name="H100", flops_per_s=989e12, bytes_per_s=3.35e12, host_bytes_per_s=64e9, rank_bytes_per_s=450e9),
+    Datasheet(name="H200", flops_per_s=989e12, bytes_per_s=4.8e12, host_bytes_per_s=64e9, rank_bytes_per_s=450e9),
+    Datasheet(name="B200", flops_per_s=2250e12, bytes_per_s=8.0e12, host_bytes_per_s=64e9, rank_bytes_per_s=900e9),
     Datasheet(name="RTXPRO6000", flops_per_s=504e12, bytes_per_s=1.6e12, host_bytes_per_s=64e9),
 )
 """Source: NVIDIA's datasheets of these products (SXM where there are several)."""
@@ -123,7 +142,8 @@ DATASHEETS = (
 CPU = Hardware(
     # One thread of a server core without matrix units; its memory copy is what another core leaves.
     name="cpu", flops_per_s=3e10, bytes_per_s=1e10, attention_flops_per_s=3e10, kv_bytes_per_s=3e9, launch_s=2e-5,
-    prefill_fixed_s=2e-3, copy_bytes_per_s=4e9, copy_fixed_s=2e-4, copies_stall=True,
+    prefill_fixed_s=2e-3, copy_bytes_per_s=4e9, copy_fixed_s=2e-4,
+    rank_bytes_per_s=4e9, rank_latency_s=1e-4, copies_stall=True,
 )  # fmt: skip
 
 HARDWARE = {CPU.name: CPU} | {sheet.name: Hardware.of_datasheet(sheet) for sheet in DATASHEETS}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsRegressor
 
+from cost_service.hardware import HARDWARE, Hardware
 from cost_service.operators import COLLECTIVE, MATMUL, Operator
 from cost_service.rates import fit_rates, p_norm
 from cost_service.residual import Estimate, Regressor, Residual
@@ -43,8 +44,14 @@ STARTS = (
 )
 """Where a fit begins, and the least and the most of each rate: from a slow core to the fastest GPU."""
 
-UNMEASURED = {COLLECTIVE: Roofline(launch_s=1.5e-5, flops_per_s=1e17, bytes_per_s=2e11, norm=3.0)}
-"""Assumed of families that no profile of one rank can hold: links between ranks at about half of NVLink's datasheet rate."""
+
+def collective_roofline(hardware: Hardware | None) -> Roofline:
+    """What links between ranks are expected to do, which no profile of one rank holds; an H100's where nothing is known."""
+    known = hardware or HARDWARE["H100"]
+    return Roofline(
+        launch_s=known.rank_latency_s, flops_per_s=1e17, bytes_per_s=known.rank_bytes_per_s, norm=3.0
+    )  # fmt: skip
+
 
 SHAPE_WEIGHT = 4.0
 """How much farther apart another operator or shape is than as many doublings of the batch."""
@@ -68,7 +75,9 @@ def fit_roofline(flops: Array, bytes_moved: Array, measured_s: Array) -> Rooflin
 class OperatorTime:
     """Time of the operators besides attention on one kind of GPU, for any model."""
 
-    def __init__(self) -> None:
+    def __init__(self, hardware: Hardware | None = None) -> None:
+        """Begin with what the hardware's links between ranks are expected to do."""
+        self._unmeasured = {COLLECTIVE: collective_roofline(hardware)}
         self.rooflines: dict[str, Roofline] = {}
         """By operator, and by family for all the others."""
 
@@ -106,7 +115,7 @@ class OperatorTime:
     def base_s(self, operator: Operator, rows: Array) -> Array:
         """Seconds of a call by the roofline alone."""
         fitted = self.rooflines.get(operator.name) or self.rooflines.get(operator.family)
-        roofline = fitted or UNMEASURED.get(operator.family, STARTS[0])
+        roofline = fitted or self._unmeasured.get(operator.family, STARTS[0])
         return roofline.seconds(*_work(operator, rows))
 
     def predict(self, operator: Operator, rows: Array) -> Estimate:

@@ -26,6 +26,9 @@ MOST_TOKENS, MOST_SEQUENCES = 16384, 2048
 PREFILL_BESIDE = 128.0
 """Tokens of the prefill that decodes are seen beside."""
 
+HOST_SEQUENCE_S = 1e-5
+"""What the host adds for each request of a step, as a recorded run of vLLM 0.19 shows (`python -m cluster validate`)."""
+
 PER_OCTAVE = 2
 CONTEXTS = np.unique(np.round(2.0 ** np.arange(0, 18, 1 / PER_OCTAVE)))
 COUNTS = np.unique(np.round(2.0 ** np.arange(0, 11.5, 1 / PER_OCTAVE)))
@@ -36,7 +39,13 @@ class ProfiledStep:
     """Step times of one model on one GPU type."""
 
     def __init__(
-        self, shape: ModelShape, times: StepTime, *, parallelism: int = 1, fixed_s: float = 0.0, sequence_s: float = 0.0
+        self,
+        shape: ModelShape,
+        times: StepTime,
+        *,
+        parallelism: int = 1,
+        fixed_s: float = 0.0,
+        sequence_s: float = HOST_SEQUENCE_S,
     ) -> None:
         """Read the tables out of learned operator times.
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_service.attention_time import AttentionShape, AttentionTime, AttentionWork
+from cost_service.hardware import Hardware
 from cost_service.model_shape import Attention, ModelShape
 from cost_service.operator_time import OperatorTime
 from cost_service.operators import COLLECTIVE, HALF, Batch, Operator, Precision, dense_operators
@@ -93,9 +94,10 @@ def attention_grid(rows: AttentionRows) -> AttentionWork:
 class StepTime:
     """Step times on one kind of GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, hardware: Hardware | None = None) -> None:
+        """Begin with what is known of the hardware's links between ranks; all else is learned."""
         self.attention = AttentionTime()
-        self.operators = OperatorTime()
+        self.operators = OperatorTime(hardware)
 
     def fit(self, models: Sequence[MeasuredModel]) -> None:
         """Learn from profiles of one GPU.
