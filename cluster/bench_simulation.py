@@ -41,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
     requests = chat(options.requests, rate=RATE * options.replicas, seed=options.seed)
     given = argparse.ArgumentParser()
     simulate.add_arguments(given)
-    arguments = given.parse_args(["--trace", "-", "--replicas", str(options.replicas)])
+    arguments = given.parse_args(["--replicas", str(options.replicas)])
     print(f"{'':<22}{'requests/s':>12}{'preemptions':>12}")
     try:
         for policy in (STOCK, PreemptionPolicy.RECOMPUTE, PreemptionPolicy.SWAP, PreemptionPolicy.ADAPTIVE):

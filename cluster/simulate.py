@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,19 @@ from cluster.routing import LeastLoaded, RoundRobin, Router
 from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, ReplicaKind, ample
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulation import Disturbances, Simulation
+from cluster.workload import add_workload_arguments, workload_of
+from cluster.workload_summary import describe
 from cost_service.analytic import analytic_snapshot
 from cost_service.engine_step import EngineStep
 from cost_service.hardware import HARDWARE, Hardware
 from cost_service.kv_memory import kv_layout
 from cost_service.model_shape import ModelShape
-from cost_service.traces import TraceRequest, load_trace
+from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy
 from replicas.throttled_link import LinkSettings
 
 MODELS = {"llama-3.1-8b": LLAMA_8B}
+DEFAULT = "synthetic:requests=2000,rate=20"
 ROUTERS: dict[str, Callable[[], Router]] = {"least-loaded": LeastLoaded, "round-robin": RoundRobin}
 DEVICE_GIB = 80.0
 KV_SHARE = 0.9
@@ -50,8 +53,8 @@ FIGURES = (*RATIO_FIGURES, "preemptions", "swaps", "recomputes", "jain_index", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    add_workload_arguments(parser, DEFAULT)
     add = parser.add_argument
-    add("--trace", required=True, metavar="SOURCE:PATH", help="requests, such as azure:FILE.csv or mooncake:FILE.jsonl")
     add("--replicas", type=int, default=8, help="replicas (default: 8)")
     policies = ", ".join((STOCK, *(one.value for one in PreemptionPolicy if one is not PreemptionPolicy.RANDOM)))
     add("--policy", default="stock,adaptive", metavar="A,B", help=f"policies to compare, of {policies}")
@@ -74,10 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--host-gib", type=float, default=64.0, help="host memory for swapped blocks, per replica (default: 64)")
     add("--replicas-per-host", type=int, default=1, help="replicas that share a link to host memory (default: 1)")
-    add(
-        "--too-long", choices=("stop", "drop"), default="stop", help="requests that no replica can hold (default: stop)"
-    )
-    add("--seed", type=int, default=0, help="of all chance: crashes (default: 0)")
     add("--crash-interval-s", type=float, default=math.inf, help="a replica's mean time to a crash (default: never)")
     add("--restart-s", type=float, default=60.0, help="until it is back (default: 60)")
     add("--lose", action="store_true", help="what a crashed replica had is lost, and not sent again")
@@ -88,6 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Simulate; 0, 2 for a wrong option or trace, 130 when interrupted."""
     try:
+        if options.describe:
+            dropped = Counter[str]()
+            print(describe(workload_of(options, DEFAULT).requests(dropped), dropped))
+            return 0
         report = simulate(options)
         print(table(report))
         if options.json:
@@ -129,8 +132,9 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     kinds = {policy: kind_of(options, policy=policy) for policy in policies}
     for admission in admissions:
         replace(kinds[policies[0]], admission=admission)  # refuses an unknown one before anything has run
-    requests, dropped = _fitting(load_trace(options.trace), kinds[policies[0]], options)
-    first = kinds[policies[0]]
+    first, dropped = kinds[policies[0]], Counter[str]()
+    workload = workload_of(options, DEFAULT)
+    requests = list(workload.requests(dropped, context_tokens=_room(first, options)))
     calibration = alone(first, max(one.prompt_tokens for one in requests))
     num_blocks, demand = first.settings.num_blocks, None
     if options.pool_fraction is not None:
@@ -143,13 +147,14 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
             name = policy if len(admissions) == 1 else f"{admission}/{policy}"
             settings = replace(kind.settings, num_blocks=num_blocks)
             outcome = run(options, replace(kind, settings=settings, admission=admission), requests, name)
-            arms[name] = _arm(outcome, calibration)
+            arms[name] = _arm(outcome, calibration, workload.weights())
     return {
         "benchmark": "simulation",
         "simulated": "step times from a datasheet, and copies at its rates: nothing here was measured",
         "command": command_line(),
         "requests": len(requests),
-        "dropped_requests": dropped,
+        "workload": workload.as_report(),
+        "dropped_requests": dict(sorted(dropped.items())),
         "num_kv_blocks": num_blocks,
         "demand_kv_blocks": demand,
         "calibration": asdict(calibration),
@@ -236,32 +241,16 @@ def _num_blocks(shape: ModelShape, block_bytes: int) -> int:
     return int(free / block_bytes)
 
 
-def _fitting(
-    requests: Sequence[TraceRequest], kind: ReplicaKind, options: argparse.Namespace
-) -> tuple[list[TraceRequest], int]:
-    """The requests that a replica can hold, and how many it cannot."""
+def _room(kind: ReplicaKind, options: argparse.Namespace) -> int:
+    """Tokens of the longest request that a replica can hold."""
     settings = kind.settings
-    room = settings.max_model_len
-    if options.pool_fraction is None:
-        room = min(room, (settings.num_blocks - 1) * settings.block_size)
-    fitting = [
-        one
-        for one in requests
-        if one.prompt_tokens and one.output_tokens and one.prompt_tokens + one.output_tokens <= room
-    ]
-    dropped = len(requests) - len(fitting)
-    if dropped and options.too_long == "stop":
-        raise ValueError(
-            f"{dropped} of the trace's {len(requests)} requests have no prompt, no output, or more than the {room} tokens "
-            "that a replica can hold: --too-long drop leaves them out."
-        )
-    if not fitting:
-        raise ValueError("The trace has no request that a replica can hold.")
-    return fitting, dropped
+    if options.pool_fraction is not None:
+        return settings.max_model_len
+    return min(settings.max_model_len, (settings.num_blocks - 1) * settings.block_size)
 
 
-def _arm(outcome: Outcome, calibration: Calibration) -> dict[str, Any]:
-    return asdict(figures(few_tenants(outcome.records), calibration, run_end_s=outcome.end_s)) | {
+def _arm(outcome: Outcome, calibration: Calibration, weights: Mapping[str, float]) -> dict[str, Any]:
+    return asdict(figures(few_tenants(outcome.records), calibration, run_end_s=outcome.end_s, weights=weights)) | {
         "run_end_s": outcome.end_s, "most_kv_blocks": outcome.most_blocks, "steps": outcome.num_steps,
         "computed_tokens": outcome.computed_tokens, "crashes": outcome.crashes,
     }  # fmt: skip
@@ -281,7 +270,7 @@ def table(report: dict[str, Any]) -> str:
     base = next((arm for name, arm in arms.items() if name.endswith(STOCK)), None)
     lines = [
         f"SIMULATED, {report['simulated']}.",
-        f"{report['requests']} requests, {report['dropped_requests']} dropped; "
+        f"{report['requests']} requests, {sum(report['dropped_requests'].values())} dropped; "
         f"{report['num_kv_blocks']} KV blocks a replica",
         f"{'':<28}" + "".join(f"{name:>{width}}" for name in arms),
     ]

@@ -304,11 +304,16 @@ class SimulatedEngine:
 
     def _end_step(self, now_s: float) -> list[SimulatedRequest]:
         """Deliver what the step under way has computed; return those who have all their tokens."""
+        step, self._step = self._step, None
+        finished = self._complete(step, now_s) if step is not None else []
         if self.preemption is not None:
             self._take_loaded(self.preemption.end_copies(now_s))
-        step, self._step = self._step, None
-        if step is None:
-            return []
+            if step is not None:
+                self.preemption.learn(self, step, now_s)
+        return finished
+
+    def _complete(self, step: Step, now_s: float) -> list[SimulatedRequest]:
+        """Count what a step has computed, and let go of those who have all their tokens."""
         num_more = step.num_steps - 1
         self.blocks.take(self.batch.num_needed_blocks(num_more, after=1))
         self.least_free_blocks = min(self.least_free_blocks, self.blocks.num_free)
@@ -330,8 +335,6 @@ class SimulatedEngine:
             self.running.end(request)
             if self.preemption is not None:
                 self.preemption.forget(request)
-        if self.preemption is not None:
-            self.preemption.learn(self, step, now_s)
         return finished
 
     def _take_loaded(self, names: list[str]) -> None:

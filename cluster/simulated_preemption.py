@@ -13,7 +13,6 @@ from replicas.preemption_cost import Candidate, Pressure
 from replicas.preemption_meter import Prefill
 from replicas.preemptor import Preemptor
 from replicas.request_stamp import remaining_tokens
-from replicas.throttled_link import Direction
 
 if TYPE_CHECKING:
     from cluster.simulated_engine import SimulatedEngine
@@ -182,18 +181,11 @@ class SimulatedPreemption:
         )
 
     def _pressure(self, engine: "SimulatedEngine", num_needed_blocks: int, now_s: float) -> Pressure:
-        swaps, meter = self.swaps, self.preemptor.meter
-        queues_s = swaps.scheduling.queues_s(now_s) if swaps is not None else dict.fromkeys(Direction, 0.0)
-        return Pressure(
+        return self.preemptor.pressure(
+            self.swaps.scheduling if self.swaps is not None else None,
             num_needed_blocks=num_needed_blocks,
             num_pool_blocks=engine.settings.num_blocks,
-            num_running=max(1, len(engine.running)),
-            num_batch_tokens=len(engine.running),
-            num_free_host_slots=swaps.pool.num_free_slots + swaps.pool.num_retained_slots if swaps is not None else 0,
-            out_queue_s=queues_s[Direction.OUT],
-            in_queue_s=queues_s[Direction.IN],
-            step_s=self.preemptor.step_s,
-            resume_wait_s=meter.resume_wait_s,
-            swap_excess_s=meter.swap_excess_s,
-            unsafe=None if swaps is not None else "no SwapConnector is configured",
+            num_running=len(engine.running),
+            now_s=now_s,
+            unsafe=None if self.swaps is not None else "no SwapConnector is configured",
         )

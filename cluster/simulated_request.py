@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.records import RequestRecord
 from cluster.simulated_blocks import Holding
+from cost_service.traces import TraceRequest
 
 
 class Status(Enum):
@@ -105,16 +106,11 @@ class SimulatedRequest:
         )  # fmt: skip
 
 
-HASHED_TOKENS = 512
-"""Tokens of a prompt that one hash of a trace stands for (Mooncake)."""
-
-
-def prefix_keys(prefix_hashes: Sequence[int], *, prompt_tokens: int, block_size: int) -> tuple[int, ...]:
+def prefix_keys(one: TraceRequest, *, block_size: int) -> tuple[int, ...]:
     """Keys of a prompt's full KV blocks: equal where the trace says that all tokens up to the block's end are.
 
     A hash is chained, so that the one which a block ends in, and the block's place, tell all the tokens before.
     """
-    num_blocks = min(prompt_tokens, len(prefix_hashes) * HASHED_TOKENS) // block_size
-    return tuple(
-        prefix_hashes[((block + 1) * block_size - 1) // HASHED_TOKENS] << 24 | block for block in range(num_blocks)
-    )
+    hashes, hash_tokens = one.prefix_hashes, one.hash_tokens
+    num_blocks = min(one.prompt_tokens, len(hashes) * hash_tokens) // block_size
+    return tuple(hashes[((block + 1) * block_size - 1) // hash_tokens] << 24 | block for block in range(num_blocks))

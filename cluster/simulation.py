@@ -201,7 +201,7 @@ class Simulation:
 
     def _arrive(self, one: TraceRequest) -> None:
         block_size = self.replicas[0].engine.settings.block_size
-        keys = prefix_keys(one.prefix_hashes, prompt_tokens=one.prompt_tokens, block_size=block_size)
+        keys = prefix_keys(one, block_size=block_size)
         request = SimulatedRequest(
             str(self.counts.arrived), tenant=one.tenant, arrival_s=one.arrival_s, prompt_tokens=one.prompt_tokens,
             output_tokens=one.output_tokens, prefix_keys=keys,

@@ -19,6 +19,8 @@ from replicas.headroom import Headroom
 from replicas.preemption import Action, FixedPolicy, PreemptionDecision, policy_of
 from replicas.preemption_cost import Candidate, Pressure, prefill_s
 from replicas.preemption_meter import PreemptionMeter, Prefill
+from replicas.swap_scheduling import SwapScheduling
+from replicas.throttled_link import Direction
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,39 @@ class Preemptor:
     def ahead(self) -> bool:
         """Whether the policy would choose victims before vLLM's own loop does."""
         return self._policy.ahead
+
+    def pressure(
+        self,
+        swaps: SwapScheduling | None,
+        *,
+        num_needed_blocks: int,
+        num_pool_blocks: int,
+        num_running: int,
+        now_s: float,
+        unsafe: str | None,
+    ) -> Pressure:
+        """What surrounds the candidates, with all that is remembered of steps and preemptions.
+
+        Args:
+            swaps: None: there is no host memory.
+            num_running: Requests that run now; 0 where the only one gives way.
+            unsafe: Why nothing may be swapped, or None.
+        """
+        pool = swaps.planner.pool if swaps is not None else None
+        queues_s = swaps.queues_s(now_s) if swaps is not None else dict.fromkeys(Direction, 0.0)
+        return Pressure(
+            num_needed_blocks=num_needed_blocks,
+            num_pool_blocks=num_pool_blocks,
+            num_running=max(1, num_running),
+            num_batch_tokens=num_running,
+            num_free_host_slots=pool.num_free_slots + pool.num_retained_slots if pool is not None else 0,
+            out_queue_s=queues_s[Direction.OUT],
+            in_queue_s=queues_s[Direction.IN],
+            step_s=self.step_s,
+            resume_wait_s=self.meter.resume_wait_s,
+            swap_excess_s=self.meter.swap_excess_s,
+            unsafe=unsafe,
+        )
 
     def lead(self) -> bool:
         """Whether `choose` may take this shortage out of vLLM's hands; to be asked once for each."""

@@ -33,7 +33,6 @@ from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Candidate, Pressure
 from replicas.preemption_meter import Prefill
 from replicas.preemptor import Preemptor, Recorder
-from replicas.throttled_link import Direction
 from replicas.vllm_costs import costs_of, newer_costs, with_copies
 from replicas.vllm_internals import (
     AsyncScheduler,
@@ -257,19 +256,12 @@ class _AdaptiveMixin(Scheduler):
         return self._memory.candidate(request, pool, survival=self.preemptor.meter.survival)
 
     def _pressure(self, *, num_needed_blocks: int) -> Pressure:
-        pool = self._swap.planning.pool if self._swap else None
-        queues_s = self._swap.scheduling.queues_s(time.monotonic()) if self._swap else dict.fromkeys(Direction, 0.0)
-        return Pressure(
+        return self.preemptor.pressure(
+            self._swap.scheduling if self._swap else None,
             num_needed_blocks=num_needed_blocks,
             num_pool_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks,
-            num_running=max(1, len(self.running)),
-            num_batch_tokens=len(self.running),
-            num_free_host_slots=pool.num_free_slots + pool.num_retained_slots if pool else 0,
-            out_queue_s=queues_s[Direction.OUT],
-            in_queue_s=queues_s[Direction.IN],
-            step_s=self.preemptor.step_s,
-            resume_wait_s=self.preemptor.meter.resume_wait_s,
-            swap_excess_s=self.preemptor.meter.swap_excess_s,
+            num_running=len(self.running),
+            now_s=time.monotonic(),
             unsafe="the cache is being reset" if self._resetting else self._unsafe,
         )
 

@@ -62,7 +62,7 @@ def test_where_memory_is_ample_the_policies_are_the_same(trace: str, tmp_path: P
         (["--policy", "stock,best"], "policy must be stock or one of"),
         (["--policy", "stock,stock"], "names one twice"),
         (["--admission", "fair-ish"], "admission must be one of"),
-        (["--pool-blocks", "40"], "--too-long drop leaves them out"),
+        (["--pool-blocks", "40"], "--bad-requests drop"),
         (["--pool-blocks", "1"], "num_blocks must be at least 2"),
         (["--host-gib", "-1"], "--host-gib must not be negative"),
         (["--crash-interval-s", "0"], "crash_interval_s must be above 0"),
@@ -79,11 +79,11 @@ def test_what_cannot_be_is_refused_in_one_line(
 
 
 def test_requests_that_no_replica_can_hold_are_counted(trace: str, tmp_path: Path) -> None:
-    arguments = ["simulate", "--trace", trace, "--policy", "stock", "--pool-blocks", "40", "--too-long", "drop"]
+    arguments = ["simulate", "--trace", trace, "--policy", "stock", "--pool-blocks", "40", "--bad-requests", "drop"]
     assert main([*arguments, "--json", str(tmp_path / "a")]) == 0
     report = json.loads((tmp_path / "a").read_text())
-    assert report["dropped_requests"] > 0
-    assert report["requests"] == 150 - report["dropped_requests"] == report["arms"]["stock"]["requests"]
+    assert report["dropped_requests"]["context"] > 0
+    assert report["requests"] == 150 - report["dropped_requests"]["context"] == report["arms"]["stock"]["requests"]
 
 
 def test_a_table_gives_back_the_records_that_it_took() -> None:

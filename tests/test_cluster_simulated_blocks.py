@@ -10,6 +10,7 @@ from cluster.decode_batch import DecodeBatch
 from cluster.simulated_blocks import Holding, SimulatedBlocks
 from cluster.simulated_request import SimulatedRequest, prefix_keys
 from cluster.simulated_step import SimulatedSettings
+from cost_service.traces import TraceRequest
 
 
 def hold(blocks: SimulatedBlocks, holding: Holding, num_blocks: int) -> int:
@@ -83,12 +84,15 @@ def test_nothing_is_found_without_a_prefix_cache() -> None:
 
 
 def test_keys_are_equal_as_far_as_the_hashes_say() -> None:
-    one = prefix_keys([5, 6], prompt_tokens=1000, block_size=16)
+    def keys(*hashes: int, prompt_tokens: int) -> tuple[int, ...]:
+        one = TraceRequest(arrival_s=0.0, tenant="", prompt_tokens=prompt_tokens, output_tokens=1, prefix_hashes=hashes)
+        return prefix_keys(one, block_size=16)
+
+    one, other = keys(5, 6, prompt_tokens=1000), keys(5, 7, prompt_tokens=1024)
     assert len(one) == 1000 // 16
-    other = prefix_keys([5, 7], prompt_tokens=1024, block_size=16)
     assert one[:32] == other[:32]
     assert not set(one[32:]) & set(other)
-    assert prefix_keys([], prompt_tokens=1000, block_size=16) == ()
+    assert keys(prompt_tokens=1000) == ()
 
 
 @given(

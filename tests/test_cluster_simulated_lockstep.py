@@ -15,11 +15,12 @@ import pytest
 
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_preemption import SimulatedPreemption
-from cluster.simulated_request import HASHED_TOKENS, SimulatedRequest, prefix_keys
+from cluster.simulated_request import SimulatedRequest, prefix_keys
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_swaps import SimulatedSwaps
 from cluster.simulated_time import LinearTimes, StepTimes
 from cost_service.snapshot import CostSnapshot
+from cost_service.traces import HASH_TOKENS, TraceRequest
 from replicas.config import PreemptionPolicy, SwapConfig
 from replicas.preemptor import Preemptor
 from tests.engine_runs import BLOCK_SIZE
@@ -72,7 +73,7 @@ class Case:
                 # The second hash stands for all tokens up to its end.
                 hashes = tuple(hash_ if place == 0 else hashes[0] * 10 + hash_ for place, hash_ in enumerate(hashes))
                 prefix = tuple(
-                    token for one in hashes for token in random.Random(one).choices(range(500), k=HASHED_TOKENS)
+                    token for one in hashes for token in random.Random(one).choices(range(500), k=HASH_TOKENS)
                 )
                 cut = self.equal and prefix and rng.random() < 0.5
                 prompt = prefix if cut else prefix + prompt
@@ -154,7 +155,11 @@ def of_simulation(
     for step in range(case.steps):
         while arrivals and arrivals[-1].step <= step:
             one = arrivals.pop()
-            keys = prefix_keys(one.prefix_hashes, prompt_tokens=len(one.prompt), block_size=BLOCK_SIZE)
+            asked = TraceRequest(
+                arrival_s=0.0, tenant="", prompt_tokens=len(one.prompt), output_tokens=one.output_tokens,
+                prefix_hashes=one.prefix_hashes,
+            )  # fmt: skip
+            keys = prefix_keys(asked, block_size=BLOCK_SIZE)
             request = SimulatedRequest(
                 one.name, tenant="", arrival_s=float(one.name), prompt_tokens=len(one.prompt),
                 output_tokens=one.output_tokens, prefix_keys=keys,

@@ -30,7 +30,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[MeasuredModel, St
     (model,) = (MeasuredModel.of(profile) for profile in load_profiles(Path(folder)))
     times = StepTime()
     times.fit([model])
-    return model, times, ProfiledStep(model.shape, times)
+    return model, times, ProfiledStep(model.shape, times, sequence_s=0.0)
 
 
 def test_a_table_says_what_the_operators_add_up_to(learned: tuple[MeasuredModel, StepTime, ProfiledStep]) -> None:
