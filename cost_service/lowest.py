@@ -1,0 +1,80 @@
+"""The member with the lowest key, of thousands whose keys rise all the time: a heap that is corrected at its top alone.
+
+Rules:
+- What the heap holds of a member is at most its key of now: a key that rises needs no word, one that falls is told (`fell`).
+- `lowest` corrects entries at the top until one is true, so a rise costs O(log n) once, when it gets there.
+- Ties go to the lower name, so that the same history gives the same choice.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class Ordered(Protocol):
+    """What names must be able to do."""
+
+    def __lt__(self, other: "Ordered", /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+
+N = TypeVar("N", bound=Ordered)
+
+SPARE_ENTRIES = 64
+"""Entries beyond twice the members before outdated ones are thrown out."""
+
+
+class Lowest(Generic[N]):
+    """Members by a key that is asked for when it is needed."""
+
+    __slots__ = ("_heap", "_key", "_members")
+
+    def __init__(self, key: Callable[[N], float]) -> None:
+        self._key = key
+        self._members: set[N] = set()
+        self._heap: list[tuple[float, N]] = []
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def __iter__(self) -> Iterator[N]:
+        return iter(self._members)
+
+    def add(self, name: N) -> None:
+        """Make somebody a member who is none."""
+        assert name not in self._members, f"{name!r} is a member already"
+        self._members.add(name)
+        self._push(name)
+
+    def discard(self, name: N) -> None:
+        """Let somebody go, if a member."""
+        self._members.discard(name)
+        if not self._members:
+            self._heap.clear()
+
+    def fell(self, name: N) -> None:
+        """Say that a key may be lower than before."""
+        if name in self._members:
+            self._push(name)
+
+    def lowest(self) -> tuple[float, N] | None:
+        """Return the lowest key and whose it is, or None when there is nobody."""
+        while self._heap:
+            known, name = self._heap[0]
+            if name not in self._members:
+                heapq.heappop(self._heap)
+            elif (key := self._key(name)) > known:
+                heapq.heapreplace(self._heap, (key, name))
+            else:
+                assert key == known, f"the key of {name!r} fell from {known} to {key} without a word"
+                return known, name
+        return None
+
+    def _push(self, name: N) -> None:
+        heapq.heappush(self._heap, (self._key(name), name))
+        if len(self._heap) > 2 * len(self._members) + SPARE_ENTRIES:
+            self._heap = [(self._key(member), member) for member in self._members]
+            heapq.heapify(self._heap)
