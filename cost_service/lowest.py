@@ -8,31 +8,21 @@ Rules:
 
 import heapq
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
 
-
-class Ordered(Protocol):
-    """What names must be able to do."""
-
-    def __lt__(self, other: "Ordered", /) -> bool: ...
-    def __hash__(self) -> int: ...
-
-
-N = TypeVar("N", bound=Ordered)
 
 SPARE_ENTRIES = 64
 """Entries beyond twice the members before outdated ones are thrown out."""
 
 
-class Lowest(Generic[N]):
+class Lowest:
     """Members by a key that is asked for when it is needed."""
 
     __slots__ = ("_heap", "_key", "_members")
 
-    def __init__(self, key: Callable[[N], float]) -> None:
+    def __init__(self, key: Callable[[str], float]) -> None:
         self._key = key
-        self._members: set[N] = set()
-        self._heap: list[tuple[float, N]] = []
+        self._members: set[str] = set()
+        self._heap: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         return len(self._members)
@@ -40,27 +30,27 @@ class Lowest(Generic[N]):
     def __contains__(self, name: object) -> bool:
         return name in self._members
 
-    def __iter__(self) -> Iterator[N]:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._members)
 
-    def add(self, name: N) -> None:
+    def add(self, name: str) -> None:
         """Make somebody a member who is none."""
         assert name not in self._members, f"{name!r} is a member already"
         self._members.add(name)
         self._push(name)
 
-    def discard(self, name: N) -> None:
+    def discard(self, name: str) -> None:
         """Let somebody go, if a member."""
         self._members.discard(name)
         if not self._members:
             self._heap.clear()
 
-    def fell(self, name: N) -> None:
+    def fell(self, name: str) -> None:
         """Say that a key may be lower than before."""
         if name in self._members:
             self._push(name)
 
-    def lowest(self) -> tuple[float, N] | None:
+    def lowest(self) -> tuple[float, str] | None:
         """Return the lowest key and whose it is, or None when there is nobody."""
         while self._heap:
             known, name = self._heap[0]
@@ -73,7 +63,7 @@ class Lowest(Generic[N]):
                 return known, name
         return None
 
-    def _push(self, name: N) -> None:
+    def _push(self, name: str) -> None:
         heapq.heappush(self._heap, (self._key(name), name))
         if len(self._heap) > 2 * len(self._members) + SPARE_ENTRIES:
             self._heap = [(self._key(member), member) for member in self._members]
