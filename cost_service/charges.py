@@ -52,7 +52,7 @@ class Served(NamedTuple):
 
     def plus(self, other: "Served") -> "Served":
         """Return the sum."""
-        return Served(*map(int.__add__, self, other))
+        return Served(self[0] + other[0], self[1] + other[1], self[2] + other[2], self[3] + other[3])
 
     def minus(self, other: "Served") -> "Served":
         """Return the difference; its parts may be negative."""

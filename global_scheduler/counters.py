@@ -42,7 +42,7 @@ class Level:
         self._present: dict[str, dict[str, bool]] = {}  # replicas with requests of a name, and whether any waits there
         self._num_present_at: Counter[str] = Counter()
         self._waiting = Lowest(self.counter)
-        self._waiting_at: dict[str, Lowest[str]] = {}
+        self._waiting_at: dict[str, Lowest] = {}
         self._last: str | None = None  # who ceased to wait last when nobody was left
         self._floor = 0.0  # its counter, should it be forgotten
         self._debtors: list[tuple[float, str]] = []

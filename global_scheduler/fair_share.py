@@ -1,4 +1,4 @@
-"""What the replicas of a pool report, and what they are told: ledger and counters as one object, without a clock or a network.
+"""What the replicas of a pool report, and what they are told: ledger and counters as one object; no clock, no network.
 
 Rules:
 - A report is merged, what it adds is charged, then who waits and runs where is noted: in this order, so that nobody is
@@ -6,51 +6,19 @@ Rules:
 - An answer is absolute: per account its counter, what of the asking replica's own totals is in it, and whether it waits
   elsewhere. An answer may be lost or repeated; a replica adds what it has served beyond.
 - Answers hold what changed since the version that the replica has; a replica of another life has version 0 and gets all.
-- After a loss of all state, the first reports carry what each replica knew of the counters: the highest word is taken, and the
-  totals of that report are a beginning, not a charge. So at most the others' service since their last answer is lost.
+- After a loss of all state, the first reports carry what each replica knew of the counters: the highest word is taken, and
+  the totals of that report are a beginning, not a charge. So at most the others' service since their last answer is lost.
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from cost_service.charges import SYSTEM, Account, ServiceUnit
+from cost_service.lowest import SPARE_ENTRIES
+from cost_service.service_messages import Answer, Known, Report, Share
 from global_scheduler.counters import FairCounters
-from global_scheduler.ledger import Ledger, Report
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """A counter, and how much service of the asking replica's own is in it (not normalised)."""
-
-    counter: float
-    included: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What a replica is told of a tenant."""
-
-    tenant: str
-    known: Known
-    """Normalised service in the cluster, with what is reserved for the tenant at other replicas."""
-
-    weight: float
-    waits: bool
-    """Whether it waits at any replica, as far as the cluster knows: if so, waiting here is no return."""
-
-    users: Mapping[str, Known] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a replica is told at an interval."""
-
-    version: int
-    """To be named when it reports next."""
-
-    shares: list[Share]
+from global_scheduler.ledger import Ledger
 
 
 class FairShare:
@@ -161,6 +129,8 @@ class FairShare:
     def _touch(self, tenant: str) -> None:
         self._changed[tenant] = self.version
         self._changed.move_to_end(tenant)
+        while len(self._changed) > 2 * len(self.counters.tenants) + SPARE_ENTRIES:
+            self._changed.popitem(last=False)  # forgotten tenants, or changes that everybody was told long ago
 
     def _share(self, tenant: str, replica: str, epoch: str) -> Share:
         tenants, users = self.counters.tenants, self.counters.users(tenant)

@@ -17,55 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cost_service.charges import MAX_COUNT, NOTHING, Account, Served
+from cost_service.charges import NOTHING, Account, Served
+from cost_service.service_messages import Report
 
 KEPT_EPOCHS = 3
 REMEMBERED_EPOCHS = 256
 REMEMBERED_REPLICAS = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccountReport:
-    """One account at one replica."""
-
-    served: Served
-    """Since the epoch began."""
-
-    num_waiting: int = 0
-    num_running: int = 0
-    reserved: float = 0.0
-    """Service that running requests are predicted to get and have not had yet."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a replica says at an interval."""
-
-    replica: str
-    epoch: str
-    """Names this life of the engine."""
-
-    sequence: int
-    """Rises by one with every report of the epoch."""
-
-    accounts: Mapping[Account, AccountReport]
-    """Those that changed since the last report that was answered; all of them in a first one."""
-
-    def checked(self) -> "Report":
-        """Return it if its numbers are possible.
-
-        Raises:
-            ValueError: A number is out of range; the message names it.
-        """
-        _check_count("sequence", self.sequence, self.replica)
-        for account, report in self.accounts.items():
-            where = f"{account.tenant!r}/{account.user!r} at {self.replica!r}"
-            report.served.checked(where)
-            _check_count("num_waiting", report.num_waiting, where)
-            _check_count("num_running", report.num_running, where)
-            if not 0.0 <= report.reserved < MAX_COUNT:
-                raise ValueError(f"reserved of {where} is {report.reserved!r}; it must be a number from 0 up to 2^53.")
-        return self
 
 
 @dataclass(slots=True)
@@ -240,8 +197,3 @@ class Ledger:
                     sums[account.tenant] = sums.get(account.tenant, NOTHING).plus(served)
         names = sums.keys() | self._delivered.keys()
         return next((name for name in sorted(names) if sums.get(name, NOTHING) != self.delivered(name)), None)
-
-
-def _check_count(field_name: str, value: int, where: str) -> None:
-    if type(value) is not int or not 0 <= value < MAX_COUNT:
-        raise ValueError(f"{field_name} of {where} is {value!r}; it must be an integer from 0 up to 2^53.")

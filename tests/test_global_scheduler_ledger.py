@@ -1,7 +1,8 @@
 """Goal: whatever happens to reports on their way, the ledger holds what was delivered, to the token, in bounded memory.
 
 Method: a random cluster of replicas that deliver, report, restart and vanish; every report is kept and may arrive never,
-late, twice, or in any order. At all times the ledger is at most what was delivered; when the last totals have arrived it is equal.
+late, twice, or in any order. At all times the ledger is at most what was delivered;
+when the last totals have arrived it is equal.
 """
 
 import json
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cost_service.charges import NOTHING, Account, Served
-from global_scheduler.ledger import KEPT_EPOCHS, AccountReport, Ledger, Report, UnknownReplicaError
+from cost_service.service_messages import AccountReport, Report
+from global_scheduler.ledger import KEPT_EPOCHS, Ledger, UnknownReplicaError
 
 F = Account("f", "u")
 
