@@ -13,14 +13,15 @@ Rules:
 - Requests without a stamp share the anonymous tenant, whose order is vLLM's own: first come, and what is prepended first.
   With the order `FIRST_COME` that holds for all requests.
 - A preempted request comes back with its original arrival and goes through the fair order like any other.
-- Requests can be passed over for the rest of a step; they stay where they are.
+- Who is let ahead (`replicas/bypass.py`: a head does not fit, others do) goes first for the rest of the step.
 
 With n requests of t tenants that wait, every operation costs O(log n), and O(users + classes) of one tenant at most.
 """
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -107,27 +108,29 @@ class FairQueue:
         self._order = Lowest(self._tenant_key)
         self._back = self._front = 0
         self._chosen: str | None = None
-        self._passed_over: dict[str, tuple[Waiting, Place]] = {}
+        self._ahead: deque[str] = deque()
         service.watch(self._fell)
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._passed_over)
+        return len(self._places)
 
     def __contains__(self, request_id: object) -> bool:
-        return request_id in self._places or request_id in self._passed_over
+        return request_id in self._places
 
     def __iter__(self) -> Iterator[Waiting]:
         """All that wait, as they came."""
-        everybody = (*self._places.values(), *self._passed_over.values())
-        return (waiting for waiting, _ in sorted(everybody, key=lambda each: each[1][1]))
+        return (waiting for waiting, _ in sorted(self._places.values(), key=lambda each: each[1][1]))
 
     def begin_step(self, now_s: float) -> None:
         """Let time pass, and choose anew; a clock that jumps back counts as one that stands still."""
         self.now_s = max(self.now_s, now_s)
         self._chosen = None
-        for waiting, place in self._passed_over.values():
-            self._insert(waiting, place)
-        self._passed_over.clear()
+        self._ahead.clear()
+
+    def let_ahead(self, request_ids: Iterable[str]) -> None:
+        """Let requests go first until the step ends, in this order; those of another queue are left out."""
+        self._ahead = deque(each for each in request_ids if each in self._places)
+        self._chosen = None
 
     def add(self, waiting: Waiting, *, front: bool = False) -> None:
         """Let a request wait; in front of all others where the order is first come.
@@ -143,7 +146,7 @@ class FairQueue:
         self._insert(waiting, (arrival_s, position, waiting.request_id))
 
     def rank(self) -> Rank | None:
-        """Choose who goes first now, and return where it stands; None when nobody is left."""
+        """Choose who goes first now, and return where it stands; None when nobody waits."""
         found = self._first()
         self._chosen = None if found is None else found[0]
         return None if found is None else found[1]
@@ -152,10 +155,10 @@ class FairQueue:
         """Return whom the next `pop` will return.
 
         Raises:
-            IndexError: Nobody waits, or all were passed over.
+            IndexError: Nobody waits.
         """
         if self._chosen is None and self.rank() is None:
-            raise IndexError("peek from a queue in which nobody is left")
+            raise IndexError("peek from an empty queue")
         assert self._chosen is not None
         return self._places[self._chosen][0]
 
@@ -163,7 +166,7 @@ class FairQueue:
         """Take out who goes first, and charge its tenant in advance.
 
         Raises:
-            IndexError: Nobody waits, or all were passed over.
+            IndexError: Nobody waits.
         """
         waiting = self.peek()
         self.remove(waiting.request_id)
@@ -176,21 +179,14 @@ class FairQueue:
         Raises:
             KeyError: It does not wait here.
         """
-        if request_id in self._passed_over:
-            waiting, _ = self._passed_over.pop(request_id)
-        else:
-            waiting = self._take_out(request_id)[0]
+        waiting, _ = self._take_out(request_id)
         self.service.leaves(waiting.account)
         return waiting
-
-    def pass_over(self, request_id: str) -> None:
-        """Let a request stand aside until the next step begins."""
-        self._passed_over[request_id] = self._take_out(request_id)
 
     def first(self, num: int) -> list[Waiting]:
         """Return whom the next `num` calls of `pop` would return."""
         popped: list[tuple[Waiting, Place]] = []
-        chosen = self._chosen
+        chosen, ahead = self._chosen, self._ahead.copy()
         while len(popped) < num and (self._chosen is not None or self.rank() is not None):
             assert self._chosen is not None
             waiting, place = self._take_out(self._chosen)
@@ -199,7 +195,7 @@ class FairQueue:
         for waiting, place in popped:
             self.service.release(waiting.request_id)
             self._insert(waiting, place)
-        self._chosen = chosen
+        self._chosen, self._ahead = chosen, ahead
         return [waiting for waiting, _ in popped]
 
     def follow(self, admission: Admission) -> None:
@@ -286,6 +282,10 @@ class FairQueue:
         return found is not None and found[1] is place
 
     def _first(self) -> tuple[str, Rank] | None:
+        while self._ahead and self._ahead[0] not in self._places:
+            self._ahead.popleft()
+        if self._ahead:
+            return self._ahead[0], (-math.inf, "", 0.0, "", 0.0, 0.0, 0)
         tenant_first = self._order.lowest()
         if tenant_first is None:
             return None
@@ -317,6 +317,6 @@ def first_of(skipped: FairQueue, waiting: FairQueue) -> FairQueue | None:
     skipped_rank, waiting_rank = skipped.rank(), waiting.rank()
     if skipped_rank is None or waiting_rank is None:
         return skipped if skipped_rank is not None else waiting if waiting_rank is not None else None
-    if skipped_rank[1] == waiting_rank[1] == ANONYMOUS:
+    if skipped_rank[:2] == waiting_rank[:2] and skipped_rank[1] == ANONYMOUS:
         return skipped
     return skipped if skipped_rank < waiting_rank else waiting

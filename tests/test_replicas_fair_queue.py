@@ -92,17 +92,20 @@ def test_a_request_that_comes_back_is_refunded_and_keeps_its_arrival() -> None:
     assert drain(queue) == ["f1", "f2"]
 
 
-def test_who_is_passed_over_stays_and_is_back_in_the_next_step() -> None:
+def test_who_is_let_ahead_goes_first_until_the_step_ends() -> None:
     queue = queue_of()
-    for name in ("f1", "f2"):
+    for name in ("f1", "f2", "f3"):
         queue.add(waiting(queue, name))
-    queue.pass_over("f1")
-    assert (len(queue), queue.peek().request_id) == (2, "f2")
-    queue.pass_over("f2")
-    with pytest.raises(IndexError, match="nobody is left"):
-        queue.peek()
+    queue.let_ahead(["f3", "not here", "f2"])
+    assert [each.request_id for each in queue.first(3)] == ["f3", "f2", "f1"]
+    assert queue.pop().request_id == "f3"
     queue.begin_step(1.0)
     assert drain(queue) == ["f1", "f2"]
+
+
+def test_a_peek_into_an_empty_queue_is_an_error() -> None:
+    with pytest.raises(IndexError, match="empty"):
+        queue_of().peek()
 
 
 def test_a_snapshot_reorders_and_adds_what_was_served_since() -> None:
@@ -214,7 +217,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.names = 0
         self.gone: list[Waiting] = []
         self.here: dict[str, Waiting] = {}
-        self.aside: set[str] = set()
+        self.ahead: list[str] = []
 
     @rule(tenant=tenants, user=users, service_s=st.sampled_from([0.5, 1.0, 2.0, 64.0]), held=st.floats(0.0, 100.0))
     def arrive(self, tenant: str, user: str, service_s: float, held: float) -> None:
@@ -238,26 +241,24 @@ class QueueMachine(RuleBasedStateMachine):
     def remove(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.here)))
         assert self.queue.remove(name) == self.here.pop(name)
-        self.aside.discard(name)
 
-    @precondition(lambda self: set(self.here) - self.aside)
+    @precondition(lambda self: self.here)
     @rule()
     def pop(self) -> None:
         expected = self.queue.peek()
         assert self.queue.pop() == expected
         self.gone.append(self.here.pop(expected.request_id))
 
-    @precondition(lambda self: set(self.here) - self.aside)
+    @precondition(lambda self: self.here)
     @rule(data=st.data())
-    def pass_over(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(set(self.here) - self.aside)))
-        self.queue.pass_over(name)
-        self.aside.add(name)
+    def let_ahead(self, data: st.DataObject) -> None:
+        self.ahead = data.draw(st.lists(st.sampled_from(sorted(self.here)), unique=True))
+        self.queue.let_ahead(self.ahead)
 
     @rule(later_s=st.floats(0.0, 50.0))
     def step(self, later_s: float) -> None:
         self.queue.begin_step(self.queue.now_s + later_s)
-        self.aside.clear()
+        self.ahead.clear()
 
     @rule(tenant=tenants, user=users, num=st.integers(0, 100))
     def charge(self, tenant: str, user: str, num: int) -> None:
@@ -281,7 +282,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def switch(self) -> None:
-        self.aside.clear()
+        self.ahead.clear()
         self.queue.follow(Admission.FIRST_COME)
         self.queue.follow(Admission.FAIR)
 
@@ -290,10 +291,13 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.check()
         self.queue.service.check()
         assert {each.request_id for each in self.queue} == set(self.here)
-        left = [each for name, each in self.here.items() if name not in self.aside]
+        left = list(self.here.values())
+        self.ahead = [name for name in self.ahead if name in self.here]
         rank = self.queue.rank()
         assert (rank is None) == (not left)
-        if rank is not None:
+        if self.ahead:
+            assert self.queue.peek().request_id == self.ahead[0]
+        elif rank is not None:
             service = self.queue.service
             chosen = self.queue.peek()
             keys = {
