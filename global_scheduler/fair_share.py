@@ -6,6 +6,7 @@ Rules:
 - An answer is absolute: per account its counter, what of the asking replica's own totals is in it, and whether it waits
   elsewhere. An answer may be lost or repeated; a replica adds what it has served beyond.
 - Answers hold what changed since the version that the replica has; a replica of another life has version 0 and gets all.
+- With a stored state, totals since then are charged: nothing is lost and nothing counts twice, however old it is.
 - After a loss of all state, the first reports carry what each replica knew of the counters: the highest word is taken, and
   the totals of that report are a beginning, not a charge. So at most the others' service since their last answer is lost.
 """
@@ -29,6 +30,7 @@ class FairShare:
         self.unit = unit or ServiceUnit()
         self.ledger = Ledger()
         self.version = 0
+        self._restored = False
         self._changed: OrderedDict[str, int] = OrderedDict()  # tenants by the version of their last change
         self._reserved: dict[str, dict[str, dict[str, float]]] = {}  # service by replica, tenant and user
 
@@ -56,12 +58,13 @@ class FairShare:
         """Merge a report.
 
         Args:
-            known: Counters of tenants as the replica knows them; used if its epoch is new to us, see the rules.
+            known: Counters of tenants as the replica knows them; None if it has never reported before. They are used if its
+                epoch is new to us and no state was restored, see the rules.
 
         Raises:
             ValueError: The report is impossible, or the replica unknown; nothing has changed then.
         """
-        begins = known is not None and not self.ledger.knows(report.replica, report.epoch)
+        begins = known is not None and not self._restored and not self.ledger.knows(report.replica, report.epoch)
         added, newest = self.ledger.merge(report)
         self.version += 1
         for account, served in added.items():
@@ -100,6 +103,7 @@ class FairShare:
         self.ledger = Ledger.restored(state["ledger"])
         self.counters.restore(state["counters"])
         self.version = int(state["version"])
+        self._restored = True
         for tenant in self.counters.tenants:
             self._touch(tenant)
 

@@ -1,5 +1,5 @@
-"""A cluster at the level of tokens and steps, small enough to run hours of it: the product's counters, ledger and queues under a
-server that admits optimistically, prefills in chunks, decodes in a batch and preempts when its pool is full.
+"""A cluster at the level of tokens and steps, small enough to run minutes of it: the product's counters, ledger and queues
+under a server that admits optimistically, prefills in chunks, decodes in a batch and preempts when its pool is full.
 
 It knows no blocks, copies or prefixes: a running request holds prompt + output tokens, a preempted one is computed anew. All
 service that it gives is told to a `FairnessChecker`, whatever policy admits.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from cost_service.charges import Account, Served, ServiceUnit
+from cost_service.charges import Served, ServiceUnit
 from cost_service.service_messages import Answer, Report
 from global_scheduler.bound import FairnessBound, ReplicaLimits, fairness_bound
 from global_scheduler.counters import FairCounters
@@ -148,7 +148,9 @@ class Engine:
         if self.cluster.scheduling is Scheduling.FIRST_COME or not self.cluster.victims_most_served:
             victim = self.running[-1]
         else:
-            victim = max(self.running, key=lambda each: (self.service.tenant_key(each.tenant), self.running.index(each)))
+            victim = max(
+                self.running, key=lambda each: (self.service.tenant_key(each.tenant), self.running.index(each))
+            )
         self.service.charge_system(Served(num_input_tokens=victim.num_computed))
         self.running.remove(victim)
         self.num_used -= victim.num_computed
@@ -193,6 +195,9 @@ class Cluster:
 
     scheduling: Scheduling
     num_replicas: int = 1
+    num_bound_replicas: int | None = None
+    """Most replicas at any time, for the bound."""
+
     num_pool_tokens: int = 5_000
     sync_s: float = 0.1
     weights: dict[str, float] = field(default_factory=dict)
@@ -211,7 +216,7 @@ class Cluster:
         self.raw: dict[str, Served] = {}
         self.num_preemptions = self.life = self.lives = 0
         self.num_waiting: dict[str, int] = {}
-        self.checker = FairnessChecker(self.bound(self.num_replicas))
+        self.checker = FairnessChecker(self.bound(self.num_bound_replicas or self.num_replicas))
         for tenant, weight in self.weights.items():
             self.checker.set_weight(tenant, weight)
         self.engines: dict[int, Engine] = {}
@@ -297,7 +302,12 @@ class Cluster:
         request.replica = number
         self.engines[number].add(request)
 
-    def run(self, requests: Iterable[Request], until_s: float, events: dict[float, Callable[["Cluster"], None]] | None = None) -> None:
+    def run(
+        self,
+        requests: Iterable[Request],
+        until_s: float,
+        events: dict[float, Callable[["Cluster"], None]] | None = None,
+    ) -> None:
         """Run to a time; events happen at theirs."""
         waiting = deque(sorted(requests, key=lambda each: each.arrival_s))
         todo = deque(sorted((events or {}).items()))
@@ -337,8 +347,8 @@ class Cluster:
 
 
 def arrivals(
-    tenant: str, per_s: float, until_s: float, *, num_prompt: int = 128, num_output: int = 128, on_off_s: float | None = None,
-    seed: int | None = None, begin_s: float = 0.0, num_users: int = 1,
+    tenant: str, per_s: float, until_s: float, *, num_prompt: int = 128, num_output: int = 128,
+    on_off_s: float | None = None, seed: int | None = None, begin_s: float = 0.0, num_users: int = 1,
 ) -> list[Request]:  # fmt: skip
     """Requests of a tenant: evenly spaced, or Poisson if seeded; on and off in turns if told."""
     chance = random.Random(seed)
