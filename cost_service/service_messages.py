@@ -4,13 +4,13 @@ Plain values that any encoding carries; neither side imports the other.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+import msgspec
 
 from cost_service.charges import MAX_COUNT, Account, Served
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccountReport:
+class AccountReport(msgspec.Struct, frozen=True, kw_only=True):
     """One account at one replica."""
 
     served: Served
@@ -22,8 +22,7 @@ class AccountReport:
     """Service that running requests are predicted to get and have not had yet."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica says at an interval."""
 
     replica: str
@@ -53,16 +52,14 @@ class Report:
         return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Known(msgspec.Struct, frozen=True, kw_only=True):
     """A counter, and how much service of the asking replica's own is in it (not normalised)."""
 
     counter: float
     included: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class Share(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica is told of a tenant."""
 
     tenant: str
@@ -73,11 +70,11 @@ class Share:
     waits: bool
     """Whether it waits at any replica, as far as the cluster knows: if so, waiting here is no return."""
 
-    users: Mapping[str, Known] = field(default_factory=dict)
+    users: dict[str, Known] = {}
+    """None where a tenant has one user alone: there is nothing to order."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica is told at an interval."""
 
     version: int

@@ -238,6 +238,10 @@ class Level:
         self._lifts.pop(name, None)
 
 
+NOBODY = Level()
+"""Users of a tenant without any; nothing is ever added to it."""
+
+
 class FairCounters:
     """Counters of one pool: tenants, and users within each."""
 
@@ -257,7 +261,7 @@ class FairCounters:
 
     def users(self, tenant: str) -> Level:
         """Counters of a tenant's users."""
-        return self._users.get(tenant, Level())
+        return self._users.get(tenant) or NOBODY
 
     def charge(self, account: Account, service: float) -> None:
         """Add service to a tenant and its user; a negative one is a refund."""
@@ -329,7 +333,10 @@ class FairCounters:
             self._users.pop(tenant, None)
 
     def _level(self, tenant: str) -> Level:
-        return self._users.setdefault(tenant, Level())
+        users = self._users.get(tenant)
+        if users is None:
+            users = self._users[tenant] = Level()
+        return users
 
     def _user(self, account: Account) -> str:
         """The account of users that pays: its own, or the one that further users share."""

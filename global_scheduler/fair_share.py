@@ -13,7 +13,7 @@ Rules:
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from cost_service.charges import SYSTEM, Account, ServiceUnit
 from cost_service.lowest import SPARE_ENTRIES
@@ -32,7 +32,9 @@ class FairShare:
         self.version = 0
         self._restored = False
         self._changed: OrderedDict[str, int] = OrderedDict()  # tenants by the version of their last change
-        self._reserved: dict[str, dict[str, dict[str, float]]] = {}  # service by replica, tenant and user
+        self._reserved: dict[str, dict[Account, float]] = {}  # service by replica
+        self._reserved_at: dict[tuple[str, str], float] = {}  # sums by tenant and replica
+        self._reserved_of: dict[str, float] = {}  # sums by tenant
 
     def add_replica(self, replica: str) -> None:
         """Expect reports of a replica."""
@@ -42,8 +44,9 @@ class FairShare:
         """Nobody waits or runs there any more, and what was reserved there will not be served."""
         self.ledger.remove_replica(replica)
         self.counters.remove_replica(replica)
-        for tenant in self._reserved.pop(replica, {}):
-            self._touch(tenant)
+        for account in list(self._reserved.get(replica, ())):
+            self._reserve(replica, account, 0.0)
+            self._touch(account.tenant)
 
     def set_weight(self, tenant: str, weight: float) -> None:
         """Charge a tenant by another weight from now on.
@@ -122,13 +125,14 @@ class FairShare:
             self._touch(account.tenant)
 
     def _reserve(self, replica: str, account: Account, reserved: float) -> None:
-        tenants = self._reserved.setdefault(replica, {})
-        users = tenants.setdefault(account.tenant, {})
-        users[account.user] = reserved
-        if not reserved:
-            del users[account.user]
-            if not users:
-                del tenants[account.tenant]
+        accounts = self._reserved.setdefault(replica, {})
+        change = reserved - accounts.pop(account, 0.0)
+        if reserved:
+            accounts[account] = reserved
+        if change:
+            tenant = account.tenant
+            _add(self._reserved_at, (tenant, replica), change)
+            _add(self._reserved_of, tenant, change)
 
     def _touch(self, tenant: str) -> None:
         self._changed[tenant] = self.version
@@ -138,16 +142,27 @@ class FairShare:
 
     def _share(self, tenant: str, replica: str, epoch: str) -> Share:
         tenants, users = self.counters.tenants, self.counters.users(tenant)
-        elsewhere = sum(sum(of.get(tenant, {}).values()) for place, of in self._reserved.items() if place != replica)
-        included = self.unit.service(self.ledger.total_of_tenant(replica, epoch, tenant))
-        totals = {user: self.ledger.total(replica, epoch, Account(tenant, user)) for user in users}
-        return Share(
-            tenant=tenant,
-            known=Known(counter=tenants.counter(tenant) + elsewhere / tenants.weight(tenant), included=included),
-            weight=tenants.weight(tenant),
-            waits=tenants.is_waiting(tenant),
-            users={
-                user: Known(counter=users.counter(user), included=self.unit.service(total))
-                for user, total in totals.items()
-            },
+        weight = tenants.weight(tenant)
+        elsewhere = self._reserved_of.get(tenant, 0.0) - self._reserved_at.get((tenant, replica), 0.0)
+        known = Known(
+            counter=tenants.counter(tenant) + elsewhere / weight,
+            included=self.unit.service(self.ledger.total_of_tenant(replica, epoch, tenant)),
         )
+        share = Share(tenant=tenant, known=known, weight=weight, waits=tenants.is_waiting(tenant))
+        if len(users) > 1:
+            for user in users:
+                included = self.unit.service(self.ledger.total(replica, epoch, Account(tenant, user)))
+                share.users[user] = Known(counter=users.counter(user), included=included)
+        return share
+
+
+K = TypeVar("K")
+
+
+def _add(sums: dict[K, float], key: K, change: float) -> None:
+    """Add to a sum; one that is nothing is dropped. Engines reserve fractions of 2, whose sums are exact."""
+    total = sums.get(key, 0.0) + change
+    if total > 0.0:
+        sums[key] = total
+    else:
+        sums.pop(key, None)

@@ -140,7 +140,10 @@ class TenantService:
 
     def account(self, tenant: str, user: str) -> Account:
         """Return the account that pays for a tenant's user: its own, or the one that further users share."""
-        users = self._users.setdefault(tenant, _Group()).standings
+        group = self._users.get(tenant)
+        if group is None:
+            group = self._users[tenant] = _Group()
+        users = group.standings
         if user not in users:
             user = user if len(users) - (OTHER_USERS in users) < self.max_users else OTHER_USERS
             users.setdefault(user, _Standing())

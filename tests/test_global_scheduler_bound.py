@@ -1,7 +1,7 @@
 """Goal: the bound says its terms, max-min shares are max-min, and the checker never reports less than the true gap.
 
-Method: examples by hand; every level of shares against linear programming on random reaches; the checker against all pairs on
-random histories.
+Method: examples by hand; every level of shares against linear programming on random reaches; the checker against all pairs
+on random histories.
 """
 
 from itertools import combinations

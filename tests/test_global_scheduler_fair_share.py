@@ -62,7 +62,22 @@ def test_a_replica_knows_what_all_have_served_and_its_own_since() -> None:
     a.learn(share.answer("a", "a-0", since=a.version))
     assert b.service.tenant_key("f") == 2 * 57
     assert a.service.tenant_key("f") == 2 * 58
-    assert a.service.user_key(F) == 2 * 58
+    assert a.service.user_key(F) == 2 * 51, "with one user there is nothing to order, and nothing is told"
+
+
+def test_users_are_ordered_by_what_all_replicas_have_served_them() -> None:
+    share, a, b = share_of("a", "b"), Replica("a"), Replica("b")
+    for replica in (a, b):
+        replica.service.arrives(replica.service.account("f", "v"))
+        replica.exchange(share)
+    for user, num in (("u", 50), ("v", 3)):
+        b.service.charge("", b.service.account("f", user), Served(num_output_tokens=num))
+        a.service.charge("", a.service.account("f", user), Served(num_output_tokens=1))
+    a.exchange(share)
+    b.exchange(share)
+    a.exchange(share)
+    u, v = (a.service.user_key(Account("f", user)) for user in "uv")
+    assert u - v == 2 * (50 - 3)
 
 
 def test_an_answer_holds_what_changed_alone() -> None:

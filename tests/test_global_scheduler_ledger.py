@@ -6,12 +6,12 @@ when the last totals have arrived it is equal.
 """
 
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
 
 from cost_service.charges import NOTHING, Account, Served
 from cost_service.service_messages import AccountReport, Report

@@ -7,13 +7,13 @@ ratio of all; vLLM's own queue as the reference for requests without a stamp. `-
 import random
 import time
 from collections import deque
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
 
 from cost_service.charges import ANONYMOUS, Served
 from cost_service.service_messages import Known, Share

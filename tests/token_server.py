@@ -213,6 +213,7 @@ class Cluster:
     def __post_init__(self) -> None:
         self.finished: list[Request] = []
         self.served: dict[str, float] = {}
+        self.served_before: dict[str, float] = {}
         self.raw: dict[str, Served] = {}
         self.num_preemptions = self.life = self.lives = 0
         self.num_waiting: dict[str, int] = {}
@@ -342,8 +343,17 @@ class Cluster:
             self.next_store_s = self.now_s + self.store_s
             self.stored = self.share.state()
 
+    def count_from_here(self) -> None:
+        """Let shares begin."""
+        self.served_before = dict(self.served)
+
+    def shares(self) -> dict[str, float]:
+        """Each tenant's part of the service since then."""
+        since = {name: service - self.served_before.get(name, 0.0) for name, service in sorted(self.served.items())}
+        return {name: service / sum(since.values()) for name, service in since.items()}
+
     def ratio(self, f: str, g: str) -> float:
-        return self.served[f] / self.served[g]
+        return self.shares()[f] / self.shares()[g]
 
 
 def arrivals(
