@@ -4,8 +4,8 @@ Rules:
 - Requests are admitted in the fair order as long as they fit memory and batch. The first that does not fit is *blocked*; who
   comes behind it and does fit may go ahead of it.
 - Whoever goes ahead uses up the allowance of everybody that it passes: at most `limit_tokens` prompt tokens are admitted
-  ahead of a blocked request in all its time, over all steps. Then nobody passes it until it is admitted: running requests end,
-  and since no request needs more than the pool, it fits at last.
+  ahead of a blocked request in all its time, over all steps. Then nobody passes it until it is admitted: running requests
+  end, and since no request needs more than the pool, it fits at last.
 - Work conservation: in every step, the next in the fair order is not admitted only if it does not fit; and who fits behind a
   blocked one is not admitted only if an allowance is used up. `left_idle` finds an offence.
 

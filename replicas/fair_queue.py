@@ -15,7 +15,7 @@ Rules:
 - A preempted request comes back with its original arrival and goes through the fair order like any other.
 - Who is let ahead (`replicas/bypass.py`: a head does not fit, others do) goes first for the rest of the step.
 
-With n requests of t tenants that wait, every operation costs O(log n), and O(users + classes) of one tenant at most.
+With n waiting requests, every operation costs O(log n), and the choice O(classes) of one user on top.
 """
 
 import heapq
