@@ -6,6 +6,7 @@ Rules: values in, explained decisions out; no clock, no engine, no randomness. E
 - A victim whose blocks cannot be swapped (unsafe here, nothing computed, no room) is recomputed, whoever decides.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cost_service.snapshot import CostSnapshot
 from replicas.config import PreemptionPolicy
@@ -105,13 +107,22 @@ class AdaptivePolicy:
     best size is about sqrt(2 * pool * growth per second * price), as with lots that are ordered and stored (Harris 1913).
 
     The oldest request of the least-served tenant is never a victim while there is another, so that somebody always ends;
-    a request that has given way `max_preemptions` times is one only when all have.
+    a request that has given way `max_preemptions` times is one only when all have. Victims of other tenants than the most
+    served one are dearer by `others_price_factor`.
     """
 
     ahead: bool = True
     max_preemptions: int = 3
     horizon_tokens: float = 32.0
     """Output tokens still to come from which on a victim's blocks count fully."""
+
+    others_price_factor: float = 1.0
+    """The trade-off between fairness and cost: a victim comes from the most-served tenant unless another's price per useful
+    block is lower by more than this factor. 1 looks at cost alone."""
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.others_price_factor < math.inf:
+            raise ValueError("others_price_factor must be a number from 1 on; 1 chooses victims by cost alone.")
 
     def choose(
         self, candidates: Sequence[Candidate], pressure: Pressure, costs: CostSnapshot
@@ -124,9 +135,11 @@ class AdaptivePolicy:
         decisions: list[PreemptionDecision] = []
         while (benefit > 0.0).any() and pressure.num_needed_blocks > 0:
             table_s = table.price(pressure, costs)
-            with np.errstate(divide="ignore"):
-                idle_s = table.idle_s(pressure, block_size=costs.block_size)
-                index = int(np.argmin(table_s.min(axis=1) / benefit + idle_s))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                price_s = table_s.min(axis=1) / benefit + table.idle_s(pressure, block_size=costs.block_size)
+            if self.others_price_factor > 1.0:
+                price_s = np.where(self._most_served(candidates, benefit), price_s, price_s * self.others_price_factor)
+            index = int(np.nanargmin(price_s))
             victim, benefit[index] = candidates[index], 0.0
             action = Action.SWAP if table_s[index, 1] < table_s[index, 0] else Action.RECOMPUTE
             why = no_swap(victim, pressure) if action is Action.SWAP else None
@@ -137,6 +150,11 @@ class AdaptivePolicy:
         if not decisions and len(candidates) == 1:
             decisions = [_decision(candidates[0], Action.RECOMPUTE, pressure, costs, "frees no block")]
         return decisions
+
+    def _most_served(self, candidates: Sequence[Candidate], benefit: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Whose tenant has had the most service among those who can still give way."""
+        service = np.array([each.service for each in candidates])
+        return service == service[benefit > 0.0].max()
 
     def excluded(self, candidates: Sequence[Candidate]) -> list[int]:
         """Indices of those who may not be victims; never all of them."""

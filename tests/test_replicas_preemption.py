@@ -171,6 +171,32 @@ def test_the_oldest_request_of_the_least_served_tenant_never_gives_way() -> None
     assert sorted(decision.request_id for decision in decisions) == ["a1", "b2"]
 
 
+def test_the_most_served_tenant_gives_way_unless_another_is_far_cheaper() -> None:
+    leader = candidate("leader", 800, tenant="light", service=0.0)
+    dear = candidate("dear", 320, tenant="flood", service=900.0)
+    cheap = candidate("cheap", 800, tenant="other", service=500.0)
+    price = {each.request_id: prices(each, pressure(), COSTS).swap_s / each.num_freed_blocks for each in (dear, cheap)}
+    ratio = price["dear"] / price["cheap"]
+    assert ratio > 1.0
+    for factor, victim in ((1.0, "cheap"), (0.99 * ratio, "cheap"), (1.01 * ratio, "dear"), (1e9, "dear")):
+        policy = AdaptivePolicy(others_price_factor=factor)
+        (decision,) = policy.choose([leader, dear, cheap], pressure(num_needed_blocks=1), COSTS)
+        assert decision.request_id == victim, factor
+
+
+def test_when_the_most_served_tenant_has_nothing_left_the_next_gives_way() -> None:
+    everybody = [
+        candidate("leader", 800, service=0.0), candidate("a", 160, service=500.0), candidate("b", 160, service=900.0)
+    ]  # fmt: skip
+    decisions = AdaptivePolicy(others_price_factor=100.0).choose(everybody, pressure(num_needed_blocks=15), COSTS)
+    assert [decision.request_id for decision in decisions] == ["b", "a"]
+
+
+def test_a_trade_off_that_favours_other_tenants_is_refused() -> None:
+    with pytest.raises(ValueError, match="others_price_factor must be a number from 1 on"):
+        AdaptivePolicy(others_price_factor=0.5)
+
+
 def test_who_has_given_way_often_enough_is_spared_while_others_are_there() -> None:
     running = [candidate("leader", 16), candidate("tired", 320, num_preemptions=3), candidate("fresh", 48)]
     assert chosen(AdaptivePolicy().choose(running, pressure(num_needed_blocks=20), COSTS)) == [("fresh", "swap")]

@@ -1,0 +1,119 @@
+"""The stated bound on unfairness, term by term.
+
+For two tenants f, g that wait all the time, both served by all of the replicas, over any interval:
+
+    |W_f / phi_f - W_g / phi_g| <= (U + epsilon) * (1 / phi_f + 1 / phi_g)
+    U = max(w_p * L_in, w_q * (M + B))          what one tenant's admitted requests can still get once it leads
+    epsilon = S * staleness                      how wrong a counter can be
+
+- M, tokens of KV memory: a leader's admitted requests grow into all pools at most, if it is the leader whom a full pool
+  takes blocks from (victims from the most-served tenant, who re-enter through the fair order). vLLM's own victims are the
+  last that came, whoever they are: then a leader's requests may grow to all that they may generate, at others' cost, and M
+  is the sum of max_num_seqs * max_tokens.
+  Known gap: room that one of a leader's requests gives up, another may fill, so n requests without prompts that shrink to k
+  by preemption generate M (1/k + ... + 1/n) * k tokens at worst, not M. Prompts in the pool leave less room than that.
+- L_in: a step may admit one prompt more after the leader has taken the lead.
+- B: tokens of requests that are granted, not yet admitted. Here engines admit by themselves: 0 unless told.
+- epsilon: between two answers, replicas admit by counters that lack what others have served since. With tickets from a
+  central queue only decode is late, w_q * G * (tau + RTT); here requests queue in the engines, so all service is late by a
+  report and an answer, S * (2 tau + RTT), S being the most weighted service that all replicas can give in a second.
+- What predictions hold in advance is part of the key by which tenants are chosen, but not service. It is at most w_q * M if
+  predictions are clipped to what a request may generate, and within U.
+- A tenant that can use only some of the replicas is held to its max-min share: `max_min.py` says whom it is compared with.
+
+Source: `|W_f - W_g| <= 2 U` is theorem 4.4 of VTC (arXiv:2401.00588), M over several engines its appendix C.3; the rest is
+own reasoning, held by tests/test_fairness_experiments.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class VictimRule(StrEnum):
+    """Whose blocks a full pool takes."""
+
+    MOST_SERVED = "most-served tenant"
+    LAST_COME = "last come"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLimits:
+    """What one replica can hold and give."""
+
+    num_pool_tokens: int
+    """Tokens of its KV pool."""
+
+    max_num_seqs: int
+    max_tokens: int
+    """Output tokens that a request may generate at most."""
+
+    max_service_per_s: float
+    """Most weighted service that it can give in a second: of its fastest steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FairnessBound:
+    """The bound, with every term it was made of."""
+
+    prompt_service: float
+    """w_p * L_in"""
+
+    memory_service: float
+    """w_q * (M + B)"""
+
+    num_memory_tokens: int
+    """M"""
+
+    stale_service: float
+    """epsilon"""
+
+    victims: VictimRule
+
+    @property
+    def unit(self) -> float:
+        """U + epsilon: what one tenant at weight 1 can be ahead."""
+        return max(self.prompt_service, self.memory_service) + self.stale_service
+
+    def pair(self, weight_f: float, weight_g: float) -> float:
+        """The bound of two tenants' difference of normalised service."""
+        return self.unit * (1.0 / weight_f + 1.0 / weight_g)
+
+    def __str__(self) -> str:
+        """Every term in one line."""
+        return (
+            f"U = max(prompt {self.prompt_service:.0f}, memory {self.memory_service:.0f}"
+            f" [M = {self.num_memory_tokens} tokens, victims: {self.victims.value}])"
+            f" + stale {self.stale_service:.0f} = {self.unit:.0f}; weights 1: {self.pair(1.0, 1.0):.0f}"
+        )
+
+
+def fairness_bound(
+    replicas: Sequence[ReplicaLimits], *, max_input_tokens: int, staleness_s: float, input_weight: float = 1.0,
+    output_weight: float = 2.0, num_granted_tokens: int = 0, victims: VictimRule = VictimRule.MOST_SERVED,
+) -> FairnessBound:  # fmt: skip
+    """Compute the bound for tenants that all of these replicas serve.
+
+    Args:
+        max_input_tokens: L_in, of the longest prompt that is accepted.
+        staleness_s: How long service may stay unknown to another replica: two intervals and a round trip.
+        num_granted_tokens: B.
+
+    Raises:
+        ValueError: A weight or limit makes the bound meaningless; the message names it.
+    """
+    if not 0.0 <= input_weight <= output_weight:
+        raise ValueError("output_weight must be at least input_weight, and that not negative: the bound assumes it.")
+    if staleness_s < 0.0:
+        raise ValueError("staleness_s must not be negative.")
+    if victims is VictimRule.MOST_SERVED:
+        num_memory_tokens = sum(each.num_pool_tokens for each in replicas)
+    else:
+        num_memory_tokens = sum(each.max_num_seqs * each.max_tokens for each in replicas)
+    return FairnessBound(
+        prompt_service=input_weight * max_input_tokens,
+        memory_service=output_weight * (num_memory_tokens + num_granted_tokens),
+        num_memory_tokens=num_memory_tokens,
+        stale_service=staleness_s * sum(each.max_service_per_s for each in replicas),
+        victims=victims,
+    )

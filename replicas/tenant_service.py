@@ -1,0 +1,289 @@
+"""What every tenant and user has been served as far as one engine knows: the cluster's counters, and its own service since.
+
+Rules:
+- The key of a tenant is `counter + (total - included + held) / weight`: what the cluster last said, what this engine has
+  served beyond it, and what the requests that it has admitted are still sure or predicted to get. A user's likewise.
+- Service is charged as it is given, raw, to totals that only grow; a charge uses up what is held for the request first.
+- Who waits here and, as far as is known, nowhere else has come back: it is lifted to the least served who waits here, or to
+  the last who did, until the cluster says what the lift is.
+- Swaps and recomputations are the system's, never a tenant's.
+- A tenant has at most `max_users` accounts of users in an engine's life; its further users share one.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from cost_service.charges import NOTHING, OTHER_USERS, SYSTEM, Account, Served, ServiceUnit, checked_weight
+from cost_service.lowest import Lowest
+from cost_service.service_messages import AccountReport, Known, Share
+
+MAX_USERS = 64
+FRACTION = 2**20
+"""What is held counts in this fraction of a token, or of a second."""
+
+
+def _exact(service: float) -> float:
+    """Round to a fraction of 2, whose sums are exact: what is held and given back leaves nothing."""
+    return round(service * FRACTION) / FRACTION
+
+
+@dataclass(slots=True)
+class _Standing:
+    """One tenant or user."""
+
+    weight: float = 1.0
+    counter: float = 0.0
+    included: float = 0.0
+    total: float = 0.0
+    held: float = 0.0
+    lifted: float | None = None
+    """What the key would be without service since the lift, until the cluster knows of it."""
+
+    @property
+    def key(self) -> float:
+        return self.counter + (self.total - self.included + self.held) / self.weight
+
+    def lift(self, floor: float) -> None:
+        if (missing := floor - self.key) > 0.0:
+            self.counter += missing
+        self.lifted = self.counter - self.included / self.weight
+
+    def learn(self, known: Known, *, confirmed: bool) -> None:
+        self.counter, self.included = known.counter, known.included
+        if confirmed:
+            self.lifted = None
+        elif self.lifted is not None:
+            self.counter = max(self.counter, self.lifted + self.included / self.weight)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Tenants of the engine, or users of a tenant: their standings, and who of them waits here."""
+
+    standings: dict[str, _Standing] = field(default_factory=dict)
+    num_waiting: Counter[str] = field(default_factory=Counter)
+    waiting: Lowest = field(init=False)
+    last: str | None = None
+
+    def __post_init__(self) -> None:
+        self.waiting = Lowest(self.key)
+
+    def key(self, name: str) -> float:
+        standing = self.standings.get(name)
+        return 0.0 if standing is None else standing.key
+
+    def of(self, name: str) -> _Standing:
+        return self.standings.setdefault(name, _Standing())
+
+    def virtual_time(self) -> float:
+        lowest = self.waiting.lowest()
+        if lowest is not None:
+            return lowest[0]
+        return 0.0 if self.last is None else self.key(self.last)
+
+    def arrives(self, name: str, *, returns: bool) -> None:
+        self.num_waiting[name] += 1
+        if self.num_waiting[name] == 1:
+            if returns:
+                self.of(name).lift(self.virtual_time())
+            self.waiting.add(name)
+
+    def leaves(self, name: str) -> None:
+        self.num_waiting[name] -= 1
+        assert self.num_waiting[name] >= 0, f"{name!r} has {self.num_waiting[name]} waiting requests"
+        if self.num_waiting[name] == 0:
+            del self.num_waiting[name]
+            self.waiting.discard(name)
+            self.last = name
+
+
+@dataclass(slots=True)
+class _Payer:
+    """An account with what it is at one engine."""
+
+    tenant: _Standing
+    user: _Standing
+    served: Served = NOTHING
+    num_running: int = 0
+    held: float = 0.0
+
+    def hold(self, service: float) -> None:
+        self.held += service
+        self.tenant.held += service
+        self.user.held += service
+
+
+@dataclass(slots=True)
+class _Hold:
+    account: Account
+    service: float
+
+
+class TenantService:
+    """Service of tenants and users at one engine."""
+
+    def __init__(self, unit: ServiceUnit | None = None, *, max_users: int = MAX_USERS) -> None:
+        self.unit = unit or ServiceUnit()
+        self.max_users = max_users
+        self._tenants = _Group()
+        self._users: dict[str, _Group] = {}
+        self._payers: dict[Account, _Payer] = {}
+        self._holds: dict[str, _Hold] = {}
+        self._waits_elsewhere: set[str] = set()
+        self._dirty: set[Account] = set()
+        self._fell: list[Callable[[Account], None]] = []
+
+    def watch(self, fell: Callable[[Account], None]) -> None:
+        """Have a function called whenever keys of an account may have fallen; they rise without a word."""
+        self._fell.append(fell)
+
+    def account(self, tenant: str, user: str) -> Account:
+        """Return the account that pays for a tenant's user: its own, or the one that further users share."""
+        group = self._users.get(tenant)
+        if group is None:
+            group = self._users[tenant] = _Group()
+        users = group.standings
+        if user not in users:
+            user = user if len(users) - (OTHER_USERS in users) < self.max_users else OTHER_USERS
+            users.setdefault(user, _Standing())
+        return Account(tenant, user)
+
+    def tenant_key(self, tenant: str) -> float:
+        """Normalised service of a tenant: lower goes first."""
+        return self._tenants.key(tenant)
+
+    def user_key(self, account: Account) -> float:
+        """The same of a user among its tenant's."""
+        group = self._users.get(account.tenant)
+        return 0.0 if group is None else group.key(account.user)
+
+    def set_weight(self, tenant: str, weight: float) -> None:
+        """Weigh a tenant's service by another weight from now on; it keeps its key.
+
+        Raises:
+            ValueError: The weight is out of range.
+        """
+        standing = self._tenants.of(tenant)
+        key, standing.weight = standing.key, checked_weight(weight)
+        standing.counter += key - standing.key
+        self._tell_fell(tenant)
+
+    def arrives(self, account: Account) -> None:
+        """Note a request that waits."""
+        tenant = account.tenant
+        self._tenants.arrives(tenant, returns=tenant not in self._waits_elsewhere)
+        self._users[tenant].arrives(account.user, returns=True)
+        self._payer(account)
+
+    def leaves(self, account: Account) -> None:
+        """Note a request that waits no more."""
+        self._tenants.leaves(account.tenant)
+        self._users[account.tenant].leaves(account.user)
+        self._dirty.add(account)
+
+    def hold(self, request_id: str, account: Account, service: float) -> None:
+        """Count service in advance: of a request that is admitted now."""
+        assert service >= 0.0, f"{service} is held for {request_id}"
+        assert request_id not in self._holds, f"{request_id} is admitted twice"
+        self._holds[request_id] = hold = _Hold(account, _exact(service))
+        payer = self._payer(account)
+        payer.num_running += 1
+        payer.hold(hold.service)
+
+    def release(self, request_id: str) -> None:
+        """Refund what is still held: the request has ended, was preempted, or was not admitted after all."""
+        hold = self._holds.pop(request_id, None)
+        if hold is not None:
+            payer = self._payer(hold.account)
+            payer.num_running -= 1
+            payer.hold(-hold.service)
+            self._tell_fell(*hold.account)
+
+    def reserve(self, request_id: str, service: float) -> None:
+        """Hold so much for an admitted request from now on: its prompt is charged, and its output predicted or not."""
+        hold, service = self._holds[request_id], _exact(service)
+        self._payer(hold.account).hold(service - hold.service)
+        hold.service = service
+        self._tell_fell(*hold.account)
+
+    def charge(self, request_id: str, account: Account, served: Served) -> None:
+        """Count service that was given; the caller may sum up what an account got in a step, with no request's name."""
+        payer = self._payer(account)
+        payer.served = payer.served.plus(served)
+        service = self.unit.service(served)
+        payer.tenant.total += service
+        payer.user.total += service
+        hold = self._holds.get(request_id)
+        if hold is not None and hold.service > 0.0:
+            used = min(_exact(service), hold.service)
+            hold.service -= used
+            payer.hold(-used)
+
+    def charge_system(self, served: Served) -> None:
+        """Count a recomputation or a swap."""
+        self.charge("", Account(SYSTEM), served)
+
+    def learn(self, share: Share) -> None:
+        """Take the cluster's word of a tenant."""
+        confirmed = share.waits
+        (self._waits_elsewhere.add if share.waits else self._waits_elsewhere.discard)(share.tenant)
+        standing = self._tenants.of(share.tenant)
+        standing.weight = checked_weight(share.weight)
+        standing.learn(share.known, confirmed=confirmed)
+        self._tell_fell(share.tenant)
+        users = self._users.setdefault(share.tenant, _Group()).standings
+        for user in share.users.keys() & users.keys():
+            users[user].learn(share.users[user], confirmed=confirmed)
+            self._tell_fell(share.tenant, user)
+
+    def take_report(self, *, everything: bool = False) -> dict[Account, AccountReport]:
+        """Return the lines of a report: those that changed since the last, or all that are not zero."""
+        accounts = self._payers.keys() if everything else self._dirty
+        self._dirty = set()
+        return {account: self._line(account, self._payers[account]) for account in accounts}
+
+    def known(self) -> Mapping[str, float]:
+        """Counters by tenant as this engine knows them, for a scheduler that has lost its own."""
+        return {
+            name: standing.key - standing.held / standing.weight for name, standing in self._tenants.standings.items()
+        }
+
+    def totals(self) -> Mapping[Account, Served]:
+        """All that was given since the engine started."""
+        return {account: payer.served for account, payer in self._payers.items()}
+
+    def check(self) -> None:
+        """Assert what always holds; O(n)."""
+        for tenant, standing in self._tenants.standings.items():
+            held = sum(hold.service for hold in self._holds.values() if hold.account.tenant == tenant)
+            assert abs(standing.held - held) <= 1e-6 * (1.0 + held), (
+                f"{tenant!r} holds {standing.held}, its requests {held}"
+            )
+            users = self._users.get(tenant, _Group())
+            assert len(users.standings) <= self.max_users + 1, (
+                f"{tenant!r} has {len(users.standings)} accounts of users"
+            )
+            assert users.num_waiting.total() == self._tenants.num_waiting[tenant], f"waiting requests of {tenant!r}"
+
+    def _line(self, account: Account, payer: _Payer) -> AccountReport:
+        num_waiting = self._users[account.tenant].num_waiting[account.user]
+        return AccountReport(
+            served=payer.served, num_waiting=num_waiting, num_running=payer.num_running, reserved=payer.held
+        )
+
+    def _payer(self, account: Account) -> _Payer:
+        """Return the account's record, which is about to change."""
+        self._dirty.add(account)
+        payer = self._payers.get(account)
+        if payer is None:
+            users = self._users.setdefault(account.tenant, _Group())
+            payer = self._payers[account] = _Payer(self._tenants.of(account.tenant), users.of(account.user))
+        return payer
+
+    def _tell_fell(self, tenant: str, user: str = "") -> None:
+        self._tenants.waiting.fell(tenant)
+        if (group := self._users.get(tenant)) is not None:
+            group.waiting.fell(user)
+        for fell in self._fell:
+            fell(Account(tenant, user))

@@ -1,0 +1,243 @@
+"""Goal: replicas and scheduler agree on every counter whatever is lost on the way; a scheduler that dies comes back right.
+
+Method: real `TenantService`s report to a real `FairShare` over a network that drops and repeats, while the scheduler is
+killed at random points. `-s` prints reports per second with 10,000 tenants.
+"""
+
+import json
+import random
+import time
+
+import pytest
+
+from cost_service.charges import SYSTEM, Account, Served, ServiceUnit
+from cost_service.service_messages import Answer, Report
+from global_scheduler.bound import FairnessBound, VictimRule
+from global_scheduler.fair_share import FairShare
+from global_scheduler.fairness_checker import FairnessChecker
+from replicas.tenant_service import TenantService
+
+F, G = Account("f", "u"), Account("g", "u")
+UNIT = ServiceUnit()
+
+
+class Replica:
+    """One engine's side of the exchange."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.sequence, self.version, self.life = name, 0, 0, 0
+        self.service = TenantService()
+        for account in (F, G):
+            self.service.arrives(self.service.account(*account))
+
+    def report(self, *, everything: bool = True) -> Report:
+        self.sequence += 1
+        accounts = self.service.take_report(everything=everything)
+        return Report(replica=self.name, epoch=f"{self.name}-0", sequence=self.sequence, accounts=accounts)
+
+    def learn(self, answer: Answer) -> None:
+        self.version = answer.version
+        for share in answer.shares:
+            self.service.learn(share)
+
+    def exchange(self, share: FairShare) -> None:
+        share.take(self.report())
+        self.learn(share.answer(self.name, f"{self.name}-0", since=self.version))
+
+
+def share_of(*names: str) -> FairShare:
+    share = FairShare()
+    for name in names:
+        share.add_replica(name)
+    return share
+
+
+def test_a_replica_knows_what_all_have_served_and_its_own_since() -> None:
+    share, a, b = share_of("a", "b"), Replica("a"), Replica("b")
+    a.service.charge("", F, Served(num_output_tokens=50))
+    a.exchange(share)
+    b.service.charge("", F, Served(num_output_tokens=7))
+    b.exchange(share)
+    a.service.charge("", F, Served(num_output_tokens=1))
+    a.learn(share.answer("a", "a-0", since=a.version))
+    assert b.service.tenant_key("f") == 2 * 57
+    assert a.service.tenant_key("f") == 2 * 58
+    assert a.service.user_key(F) == 2 * 51, "with one user there is nothing to order, and nothing is told"
+
+
+def test_users_are_ordered_by_what_all_replicas_have_served_them() -> None:
+    share, a, b = share_of("a", "b"), Replica("a"), Replica("b")
+    for replica in (a, b):
+        replica.service.arrives(replica.service.account("f", "v"))
+        replica.exchange(share)
+    for user, num in (("u", 50), ("v", 3)):
+        b.service.charge("", b.service.account("f", user), Served(num_output_tokens=num))
+        a.service.charge("", a.service.account("f", user), Served(num_output_tokens=1))
+    a.exchange(share)
+    b.exchange(share)
+    a.exchange(share)
+    u, v = (a.service.user_key(Account("f", user)) for user in "uv")
+    assert u - v == 2 * (50 - 3)
+
+
+def test_an_answer_holds_what_changed_alone() -> None:
+    share, a = share_of("a", "b"), Replica("a")
+    a.exchange(share)
+    assert share.answer("a", "a-0", since=a.version).shares == []
+    a.service.charge("", G, Served(num_output_tokens=1))
+    share.take(a.report(everything=False))
+    assert [each.tenant for each in share.answer("a", "a-0", since=a.version).shares] == ["g"]
+    assert {each.tenant for each in share.answer("b", "b-0", since=0).shares} == {"f", "g"}
+
+
+def test_what_is_reserved_elsewhere_counts_and_what_is_reserved_here_counts_once() -> None:
+    share, a, b = share_of("a", "b"), Replica("a"), Replica("b")
+    a.service.hold("x", F, 300.0)
+    a.exchange(share)
+    b.exchange(share)
+    assert a.service.tenant_key("f") == b.service.tenant_key("f") == 300.0
+    share.remove_replica("a")
+    b.exchange(share)
+    assert b.service.tenant_key("f") == 0.0, "what died with a replica is not served"
+
+
+def test_the_systems_work_is_booked_and_nobodys() -> None:
+    share, a = share_of("a"), Replica("a")
+    a.service.charge_system(Served(num_input_tokens=900))
+    a.exchange(share)
+    assert share.ledger.delivered(SYSTEM) == Served(num_input_tokens=900)
+    assert SYSTEM not in share.counters.tenants
+    assert a.service.tenant_key("f") == 0.0
+
+
+def test_a_new_weight_reaches_the_replicas() -> None:
+    share, a = share_of("a"), Replica("a")
+    a.exchange(share)
+    share.set_weight("f", 4.0)
+    a.exchange(share)
+    a.service.charge("", F, Served(num_output_tokens=2))
+    assert a.service.tenant_key("f") == 1.0
+
+
+def test_a_restored_scheduler_of_an_older_version_answers_everything() -> None:
+    share, a = share_of("a"), Replica("a")
+    a.exchange(share)
+    fresh = share_of("a")
+    assert fresh.answer("a", "a-0", since=a.version).shares == []
+    fresh.take(a.report(), known=a.service.known())
+    assert {each.tenant for each in fresh.answer("a", "a-0", since=10**6).shares} == {"f", "g"}
+
+
+class Exchange:
+    """Two replicas, and a scheduler that may die at any point."""
+
+    def __init__(self, *, stores: bool) -> None:
+        self.chance = random.Random(3)
+        self.replicas = [Replica("a"), Replica("b")]
+        self.share = share_of("a", "b")
+        self.state = json.dumps(self.share.state()) if stores else None
+        self.life = 0
+        self.served = {"f": 0.0, "g": 0.0}
+        self.lost = 0.0
+        self.alone = {"a": 0.0, "b": 0.0}
+        """Service that a replica has given since it was last answered."""
+
+    def serve(self) -> Replica:
+        replica, account = self.chance.choice(self.replicas), self.chance.choice([F, G])
+        amount = Served(num_output_tokens=self.chance.randrange(1, 20))
+        replica.service.charge("", account, amount)
+        self.served[account.tenant] += UNIT.service(amount)
+        self.alone[replica.name] += UNIT.service(amount)
+        return replica
+
+    def report(self, replica: Replica) -> None:
+        known = replica.service.known() if replica.life != self.life else None
+        report = replica.report()
+        if self.chance.random() < 0.2:  # lost
+            return
+        self.share.take(report, known=known)
+        if self.chance.random() < 0.2:  # repeated
+            self.share.take(report, known=known)
+        replica.life = self.life
+        replica.learn(self.share.answer(replica.name, f"{replica.name}-0", since=0))
+        self.alone[replica.name] = 0.0
+
+    def die_and_come_back(self) -> None:
+        self.life += 1
+        self.lost += sum(self.alone.values())
+        self.share = FairShare()
+        if self.state is not None:
+            self.share.restore(json.loads(self.state))
+        for each in self.chance.sample(self.replicas, 2):
+            self.share.add_replica(each.name)
+            self.share.take(each.report(), known=each.service.known())
+            each.life = self.life
+        for each in self.replicas:
+            each.learn(self.share.answer(each.name, f"{each.name}-0", since=0))
+            self.alone[each.name] = 0.0
+
+
+@pytest.mark.parametrize("stores", [True, False], ids=["state stored", "nothing stored"])
+def test_a_scheduler_killed_at_a_thousand_points_counts_nothing_twice(stores: bool) -> None:
+    cluster = Exchange(stores=stores)
+    for _ in range(1000):
+        for _ in range(cluster.chance.randrange(1, 25)):
+            replica = cluster.serve()
+            if cluster.chance.random() < 0.5:
+                cluster.report(replica)
+            if stores and cluster.chance.random() < 0.2:
+                cluster.state = json.dumps(cluster.share.state())
+        cluster.die_and_come_back()
+        cluster.share.check()
+        for tenant, service in cluster.served.items():
+            counter = cluster.share.counters.tenants.counter(tenant)
+            assert counter <= service + 1e-6, "counted twice"
+            if stores:
+                assert counter == pytest.approx(service), "cumulative totals lose nothing"
+            else:
+                assert counter >= service - cluster.lost - 1e-6, "more was lost than one interval of each replica"
+
+
+def test_ten_thousand_tenants_cost_microseconds_and_bounded_memory() -> None:
+    chance = random.Random(5)
+    share = share_of(*(f"r{number}" for number in range(8)))
+    services = [TenantService() for _ in range(8)]
+    bound = FairnessBound(
+        prompt_service=0.0, memory_service=1e9, num_memory_tokens=1, stale_service=0.0, victims=VictimRule.MOST_SERVED
+    )
+    checker = FairnessChecker(bound)
+    accounts = [services[0].account(f"t{number}", "") for number in range(10_000)]
+    for service in services:
+        for account in accounts:
+            service.account(*account)
+    for account in accounts:
+        services[0].arrives(account)
+        checker.set_waiting(account.tenant, True)
+    share.take(Report(replica="r0", epoch="e", sequence=0, accounts=services[0].take_report()))
+    merging_s = checking_s = 0.0
+    versions = [share.version] * 8
+    num_shares = 0
+    for sequence in range(1, 1001):
+        number = sequence % 8
+        for account in chance.sample(accounts, 20):
+            services[number].charge("", account, Served(num_output_tokens=chance.randrange(1, 9)))
+            began_s = time.perf_counter()
+            checker.serve(account.tenant, 10.0)
+            checking_s += time.perf_counter() - began_s
+        report = Report(replica=f"r{number}", epoch="e", sequence=sequence, accounts=services[number].take_report())
+        began_s = time.perf_counter()
+        share.take(report)
+        answer = share.answer(f"r{number}", "e", since=versions[number])
+        merging_s += time.perf_counter() - began_s
+        versions[number] = answer.version
+        num_shares += len(answer.shares)
+    print(
+        f"\n10,000 tenants: {1000 / merging_s:.0f} reports of 20 tenants a second, answers of {num_shares / 1000:.0f};"
+        f" checker {checking_s / 20_000 * 1e6:.1f} us an event"
+    )
+    share.check()
+    assert len(share.counters.tenants) == 10_000
+    for account in accounts:
+        services[0].leaves(account)
+    share.take(Report(replica="r0", epoch="e", sequence=2000, accounts=services[0].take_report()))
+    assert len(share.counters.tenants) < 10_000, "who has left without debt is forgotten"

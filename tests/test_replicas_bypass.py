@@ -1,0 +1,79 @@
+"""Goal: free memory is used behind a request that does not fit, within the limit, and that request is admitted in the end.
+
+Method: examples, and random floods of small requests behind one large request in a pool that frees blocks at random.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicas.bypass import Bypass, Need, Room
+
+
+def need(name: str, num_blocks: int, num_tokens: int = 0) -> Need:
+    return Need(request_id=name, num_blocks=num_blocks, num_tokens=num_tokens or num_blocks)
+
+
+def room(num_free_blocks: int, num_batch_tokens: int = 1000, num_seqs: int = 100) -> Room:
+    return Room(num_free_blocks=num_free_blocks, num_batch_tokens=num_batch_tokens, num_seqs=num_seqs)
+
+
+def test_who_fits_is_admitted_in_order() -> None:
+    assert Bypass(0).plan([need("a", 2), need("b", 3)], room(5)).first == ["a", "b"]
+
+
+def test_who_fits_behind_a_blocked_head_goes_ahead_within_the_limit() -> None:
+    bypass = Bypass(10)
+    order = [need("large", 50), *[need(f"s{number}", 4) for number in range(5)]]
+    plan = bypass.plan(order, room(20))
+    assert (plan.first, plan.blocked) == (["s0", "s1"], ["large"])
+    assert bypass.passed_tokens("large") == 8
+    assert "large does not fit and has been passed by 8 tokens" in plan.reason
+    assert bypass.plan([order[0], *order[3:]], room(12)).first == []
+    assert bypass.plan([order[0], *order[3:]], room(50)).first == ["large"]
+
+
+def test_a_full_batch_blocks_nobody() -> None:
+    plan = Bypass(100).plan([need("a", 1, 500), need("b", 1, 1)], room(10, num_batch_tokens=100))
+    assert (plan.first, plan.blocked) == ([], []), "a would fit memory: nobody may pass it"
+    assert Bypass(100).plan([need("a", 1)], room(10, num_seqs=0)).first == []
+
+
+def test_an_offence_against_work_conservation_is_found() -> None:
+    bypass = Bypass(10)
+    assert bypass.left_idle([need("a", 3)], room(3)) == "a"
+    assert bypass.left_idle([need("a", 3)], room(2)) is None
+    assert bypass.left_idle([need("a", 3), need("b", 2)], room(2)) == "b"
+    assert Bypass(1).left_idle([need("a", 3), need("b", 2)], room(2)) is None
+    assert bypass.left_idle([need("a", 3)], room(3, num_seqs=0)) is None
+
+
+def test_a_negative_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match="limit_tokens must not be negative"):
+        Bypass(-1)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=80), st.integers(0, 40))
+def test_a_large_request_is_never_passed_by_more_than_the_limit_and_is_admitted_at_last(
+    flood: list[tuple[int, int]], limit_tokens: int
+) -> None:
+    bypass, pool = Bypass(limit_tokens), 20
+    waiting = [need("large", pool)]
+    running: list[tuple[int, int]] = [(7, 3)]  # blocks and steps to go
+    passed = step = 0
+    while any(each.request_id == "large" for each in waiting):
+        if step < len(flood):
+            waiting.append(need(f"s{step}", flood[step][0]))
+        free = room(pool - sum(blocks for blocks, _ in running))
+        plan = bypass.plan(waiting, free)
+        for each in [each for each in waiting if each.request_id in plan.first]:
+            free = free.after(each)
+            passed += each.num_tokens if each.request_id != "large" else 0
+            running.append((each.num_blocks, 1 + flood[step % len(flood)][1]))
+            waiting.remove(each)
+        assert free.num_free_blocks >= 0
+        assert bypass.left_idle(waiting, free) is None
+        running = [(blocks, steps - 1) for blocks, steps in running if steps > 1]
+        step += 1
+        assert step <= len(flood) * 6 + 20, "the large request starves"
+    assert passed <= limit_tokens
