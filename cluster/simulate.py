@@ -81,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--restart-s", type=float, default=60.0, help="until it is back (default: 60)")
     add("--lose", action="store_true", help="what a crashed replica had is lost, and not sent again")
     add("--check", action="store_true", help="assert all invariants after each event; slow")
+    add("--plan", metavar="CONDITIONS", help="fewest replicas for which they hold, such as 'ttft_p99<2s,tpot_p99<50ms'")
+    add("--gpu-hour-price", type=float, default=2.5, help="of one replica, for --plan (default: 2.5)")
     add("--json", type=Path, metavar="FILE", help="write all results to FILE")
 
 
@@ -92,7 +94,7 @@ def main(options: argparse.Namespace) -> int:
             print(describe(workload_of(options, DEFAULT).requests(dropped), dropped))
             return 0
         report = simulate(options)
-        print(table(report))
+        print(report.pop("table"))
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
     except OSError as error:
@@ -115,9 +117,22 @@ class Outcome:
     end_s: float
     most_blocks: int
     """That any replica held at once."""
+    most_host_bytes: int
+    """That any replica had swapped out at once."""
     num_steps: int
     computed_tokens: int
     crashes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arms:
+    """What is simulated."""
+
+    kinds: dict[str, ReplicaKind]
+    """By the arm's name."""
+
+    requests: list[TraceRequest]
+    calibration: Calibration
 
 
 def simulate(options: argparse.Namespace) -> dict[str, Any]:
@@ -141,14 +156,14 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         demand = run(options, ample(first), requests, "an unlimited pool").most_blocks
         longest = max(one.prompt_tokens + one.output_tokens for one in requests)
         num_blocks = 1 + max(math.ceil(options.pool_fraction * demand), -(-longest // options.block_size))
-    arms = {}
-    for admission in admissions:
-        for policy, kind in kinds.items():
-            name = policy if len(admissions) == 1 else f"{admission}/{policy}"
-            settings = replace(kind.settings, num_blocks=num_blocks)
-            outcome = run(options, replace(kind, settings=settings, admission=admission), requests, name)
-            arms[name] = _arm(outcome, calibration, workload.weights())
-    return {
+    arms = {
+        policy if len(admissions) == 1 else f"{admission}/{policy}": replace(
+            kind, settings=replace(kind.settings, num_blocks=num_blocks), admission=admission
+        )
+        for admission in admissions
+        for policy, kind in kinds.items()
+    }
+    report: dict[str, Any] = {
         "benchmark": "simulation",
         "simulated": "step times from a datasheet, and copies at its rates: nothing here was measured",
         "command": command_line(),
@@ -158,8 +173,16 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         "num_kv_blocks": num_blocks,
         "demand_kv_blocks": demand,
         "calibration": asdict(calibration),
-        "arms": arms,
     }
+    if options.plan is not None:
+        from cluster import capacity
+
+        report["plan"] = capacity.plan(options, Arms(kinds=arms, requests=requests, calibration=calibration))
+        return report | {"table": capacity.table(report["plan"])}
+    report["arms"] = {
+        name: _arm(run(options, kind, requests, name), calibration, workload.weights()) for name, kind in arms.items()
+    }
+    return report | {"table": table(report)}
 
 
 def run(options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[TraceRequest], name: str) -> Outcome:
@@ -185,6 +208,7 @@ def run(options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[Trace
     return Outcome(
         records=records, end_s=end_s,
         most_blocks=max(kind.settings.num_blocks - 1 - engine.least_free_blocks for engine in engines),
+        most_host_bytes=kind.block_bytes * max(engine.most_host_blocks for engine in engines),
         num_steps=sum(engine.num_steps for engine in engines),
         computed_tokens=sum(engine.num_scheduled_tokens for engine in engines), crashes=simulation.counts.crashes,
     )  # fmt: skip

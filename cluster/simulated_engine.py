@@ -377,6 +377,12 @@ class SimulatedEngine:
         others = [(request.request_id, num) for request, _, num in step.prefills]
         observe([*decodes, *others], [request.request_id for request in self._preempted])
 
+    @property
+    def most_host_blocks(self) -> int:
+        """KV blocks that were swapped out at once, at most."""
+        swaps = self.preemption.swaps if self.preemption is not None else None
+        return swaps.pool.most_used_slots if swaps is not None else 0
+
     def check(self) -> None:
         """Assert that every block and request is in one place; between two calls of `run`."""
         self.running.check(self._step, [*self._holders, *self._gone.values()])

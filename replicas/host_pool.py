@@ -71,6 +71,9 @@ class HostBlockPool:
         self._num_saved_of: dict[str, int] = {}  # slots by tenant; only tenants who have any
         self._retained: dict[str, list[int]] = {}  # in the order in which they give way
         self._num_retained = 0
+        self.most_used_slots = 0
+        """Saved slots at once so far."""
+
         self._generations = [0] * num_slots
         self._last_tenant: list[str | None] = [None] * num_slots
 
@@ -137,6 +140,7 @@ class HostBlockPool:
         new, zero = self._hand_out(num_new, tenant)
         self._saved[request_id] = SavedBlocks(tenant=tenant, num_tokens=num_tokens, slots=(*kept, *new))
         self._num_saved_of[tenant] = self._num_saved_of.get(tenant, 0) + num_blocks
+        self.most_used_slots = max(self.most_used_slots, self.num_used_slots)
         assert self._num_saved_of[tenant] <= self.max_tenant_slots, f"tenant {tenant} is above its cap"
         self._assert_conserved()
         return Reservation(num_kept_blocks=len(kept), new_slots=new, zero_slots=zero)
