@@ -22,11 +22,13 @@ from typing import Any, Self
 
 from cluster.arrivals import Arrivals
 from cluster.prompts import check_vocab, draw_token_ids
-from cost_service.traces import TraceRequest
+from cost_service.traces import MAX_TOKENS, TraceRequest
 
 SCHEME = "synthetic:"
 DEFAULT_REQUESTS, DEFAULT_TENANTS = 60, 4
 SHAPES = ("lognormal", "uniform")
+LEAST_RATE = 1e-9
+"""Requests per second: one in thirty years. Times of arrival stay finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,9 @@ class Stream:
         check_vocab(self.vocab)
 
     def _check_together(self) -> None:
+        for name in ("rate", "rate_end"):
+            if 0 < (getattr(self, name) or 0.0) < LEAST_RATE:
+                raise ValueError(f"Workload key {name} must be 0, or at least {LEAST_RATE:g}.")
         if self.cv and not 0.01 <= self.cv <= 100:
             raise ValueError("Workload key cv must be 0, or between 0.01 and 100.")
         if self.off is not None and self.on is None:
@@ -112,6 +117,8 @@ class Stream:
             raise ValueError("Workload key spread must be at most 10.")
         for name in ("prompt", "output"):
             least, mean, longest = (getattr(self, f"{name}_{what}") for what in ("min", "mean", "max"))
+            if longest > MAX_TOKENS:
+                raise ValueError(f"Workload key {name}_max must be at most {MAX_TOKENS}.")
             if not 1 <= least <= longest:
                 raise ValueError(f"Workload key {name}_min must be between 1 and {name}_max ({longest}).")
             if self.lengths == "lognormal" and not least <= mean <= longest:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.prompts import RequestSpec, with_prompts
-from cluster.synthetic import SCHEME, Stream, Synthetic, read_keys
+from cluster.synthetic import LEAST_RATE, SCHEME, Stream, Synthetic, read_keys
 from cluster.workload_changes import (
     at_scaled_rate,
     cut,
@@ -45,7 +45,7 @@ class Workload:
     length_scale: float | None = None
     max_tokens: int | None = None
     tenants: int | None = None
-    tenant_skew: float = 1.0
+    tenant_skew: float | None = None
     flood: str | None = None
     bad_requests: str = STOP
     seed: int = 0
@@ -54,12 +54,16 @@ class Workload:
         for name in ("rate_scale", "rate", "length_scale", "first", "tenants"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0 and finite.")
+            if value is not None and "rate" in name and value < LEAST_RATE:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {LEAST_RATE:g}.")
         if self.rate_scale is not None and self.rate is not None:
             raise ValueError("--rate-scale and --rate exclude each other: leave one of them out.")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError("--max-tokens must be at least 2: one for the prompt, one for the output.")
-        if not 0 <= self.tenant_skew <= 10:
+        if self.tenant_skew is not None and not 0 <= self.tenant_skew <= 10:
             raise ValueError("--tenant-skew must be between 0 and 10.")
+        if self.tenant_skew is not None and self.tenants is None:
+            raise ValueError("--tenant-skew needs --tenants: say how many there are.")
         if self.bad_requests not in (STOP, DROP):
             raise ValueError(f"--bad-requests must be {STOP} or {DROP}.")
         if not self.trace.startswith(SCHEME) and self.trace.partition(":")[0] not in SOURCES:
@@ -68,8 +72,7 @@ class Workload:
                 f"--trace {self.trace!r} must be SOURCE:PATH with a source of {names}, or {SCHEME}KEY=VALUE,..."
             )
         self._bounds_s()
-        self._flood()
-        self._synthetic()
+        self.weights()
 
     def requests(
         self, dropped: Counter[str] | None = None, *, context_tokens: int | None = None
@@ -86,6 +89,10 @@ class Workload:
         if (factor := self._rate_factor()) != 1:
             requests = at_scaled_rate(requests, factor)
         if flood := self._flood():
+            if not any(one.arrival_s / factor > flood.start for one in self._scaled_in_length(self._uncounted())):
+                raise ValueError(
+                    "--flood begins when the last request has come: lower its start, or give another --trace."
+                )
             requests = with_flood(requests, flood, seed=self.seed)
         if self.max_tokens:
             requests = cut(requests, self.max_tokens)
@@ -111,10 +118,21 @@ class Workload:
         return tuple(with_prompts(requests, vocab=vocab, seed=self.seed))
 
     def weights(self) -> Mapping[str, float]:
-        """Weights of tenants that the source itself states; all others have 1."""
+        """Weights of tenants that the source itself states; all others have 1.
+
+        Raises:
+            ValueError: A tenant has two.
+        """
         synthetic, flood = self._synthetic(), self._flood()
         weights = synthetic.weights() if synthetic else {}
-        return weights | (dict.fromkeys(flood.tenant_names(), flood.weight) if flood else {})
+        if flood is None:
+            return weights
+        for tenant in flood.tenant_names():
+            if weights.setdefault(tenant, flood.weight) != flood.weight:
+                raise ValueError(
+                    f"--flood must have the weight of its tenant {tenant}: add weight={weights[tenant]:g}."
+                )
+        return weights
 
     @property
     def source_vocab(self) -> int:
@@ -141,8 +159,9 @@ class Workload:
         if bounds_s := self._bounds_s():
             requests = within_window(requests, *bounds_s)
         requests = islice(requests, self.first)
+        skew = 1.0 if self.tenant_skew is None else self.tenant_skew
         if self.tenants or (not synthetic and self.trace.partition(":")[0] in WITHOUT_TENANTS):
-            requests = with_tenants(requests, self.tenants or 1, zipf=self.tenant_skew, seed=self.seed)
+            requests = with_tenants(requests, self.tenants or 1, zipf=skew, seed=self.seed)
         if self.length_scale:
             requests = with_scaled_lengths(requests, self.length_scale)
         return requests
@@ -150,8 +169,11 @@ class Workload:
     def _rate_factor(self) -> float:
         if self.rate is None:
             return self.rate_scale or 1.0
-        counted = None if self.bad_requests == STOP else Counter[str]()
-        return self.rate / mean_rate(self._scaled_in_length(counted))
+        return self.rate / mean_rate(self._scaled_in_length(self._uncounted()))
+
+    def _uncounted(self) -> Counter[str] | None:
+        """Where a reading ahead counts what it drops: nowhere that anybody looks."""
+        return None if self.bad_requests == STOP else Counter()
 
     def _bounds_s(self) -> tuple[float, float] | None:
         if self.window is None:
@@ -185,9 +207,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser, default: str) -> Non
     group.add_argument("--window", metavar="FROM:TO", help="only what arrives in these seconds, such as 600:1200")
     group.add_argument("--first", type=int, metavar="N", help="only the first N of them")
     group.add_argument("--tenants", type=int, metavar="N", help="tenants of a trace that has none (default: 1)")
-    group.add_argument(
-        "--tenant-skew", type=float, default=1.0, metavar="S", help="their k-th one's share is as k^-S (default: 1)"
-    )
+    group.add_argument("--tenant-skew", type=float, metavar="S", help="their k-th one's share is as k^-S (default: 1)")
     group.add_argument(
         "--length-scale", type=float, metavar="F", help="factor on lengths, such as 0.05 for CPU engines"
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from cluster.synthetic import Stream, zipf_shares
-from cost_service.traces import TraceRequest
+from cost_service.traces import MAX_TOKENS, TraceRequest
 
 
 def within_window(requests: Iterable[TraceRequest], from_s: float, to_s: float) -> Iterator[TraceRequest]:
@@ -46,13 +46,19 @@ def mean_rate(requests: Iterable[TraceRequest]) -> float:
 
 
 def with_scaled_lengths(requests: Iterable[TraceRequest], factor: float) -> Iterator[TraceRequest]:
-    """Lengths times `factor`, rounded, at least 1; so are the blocks of prefix hashes, so that prompts share as much."""
+    """Lengths times `factor`, rounded, at least 1; so are the blocks of prefix hashes, so that prompts share as much.
+
+    Raises:
+        ValueError: A length is above `MAX_TOKENS` then.
+    """
     for request in requests:
+        if max(request.prompt_tokens, request.output_tokens) * factor > MAX_TOKENS:
+            raise ValueError(f"--length-scale makes a request longer than {MAX_TOKENS} tokens: lower it.")
         yield replace(
             request,
             prompt_tokens=max(1, round(request.prompt_tokens * factor)),
             output_tokens=max(1, round(request.output_tokens * factor)),
-            hash_tokens=max(1, round(request.hash_tokens * factor)),
+            hash_tokens=max(1, round(min(request.hash_tokens * factor, MAX_TOKENS))),
         )
 
 

@@ -24,6 +24,9 @@ from typing import Any
 HASH_TOKENS = 512
 """Tokens of a block that has a prefix hash, in Mooncake's traces."""
 
+MAX_TOKENS = 1 << 24
+"""Longest prompt or output: no model's context is near it, so a greater number is a mistake."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRequest:
@@ -197,6 +200,10 @@ def _request(path: Path, line: int, checked: object, layout: _Layout) -> TraceRe
             raise BadLineError("value", f"{name} in line {line} of {path} must be a whole number: it is {number}.")
         if number == 0:
             raise BadLineError("zero length", f"{name} in line {line} of {path} must be above 0.")
+        if number > MAX_TOKENS:
+            raise BadLineError(
+                "value", f"{name} in line {line} of {path} must be at most {MAX_TOKENS}: it is {number}."
+            )
         return int(number)
 
     tenant = "" if layout.tenant is None else str(record[layout.tenant])

@@ -112,6 +112,12 @@ def test_weights_are_those_of_the_source_and_of_the_flood(tmp_path: Path) -> Non
     assert Workload(trace=trace(tmp_path, "0,a,1,1")).weights() == {}
 
 
+def test_a_flood_may_be_a_tenant_of_the_source_with_its_weight() -> None:
+    workload = Workload(trace="synthetic:experiment=overload-weighted", flood="tenant=tenant-3,rate=9,weight=4")
+    assert workload.weights()["tenant-3"] == 4
+    assert Counter(one.tenant for one in workload.requests())["tenant-3"] > 576 + 9 * 300
+
+
 def test_a_result_names_what_was_given_and_no_folder(tmp_path: Path) -> None:
     workload = Workload(trace=trace(tmp_path, "0,a,1,1"), rate=2.0, seed=3)
     assert workload.as_report() == {"trace": "csv:t.csv", "rate": 2.0, "seed": 3}
@@ -136,6 +142,10 @@ def test_a_result_names_what_was_given_and_no_folder(tmp_path: Path) -> None:
         ({"first": 0}, "--first must be above 0"),
         ({"tenants": -1}, "--tenants must be above 0"),
         ({"tenant_skew": -1.0}, "--tenant-skew must be between 0 and 10"),
+        ({"tenant_skew": 1.0}, "--tenant-skew needs --tenants"),
+        ({"rate": 1e-320}, "--rate must be at least 1e-09"),
+        ({"rate_scale": 1e-320}, "--rate-scale must be at least 1e-09"),
+        ({"trace": "synthetic:experiment=overload-weighted", "flood": "tenant=tenant-3"}, "tenant-3: add weight=4"),
         ({"max_tokens": 1}, "--max-tokens must be at least 2"),
         ({"bad_requests": "keep"}, "--bad-requests must be stop or drop"),
         ({"flood": "rate=0"}, "rate must be above 0 and finite, or requests"),
@@ -155,6 +165,10 @@ def test_an_option_that_makes_no_sense_is_one_sentence_that_names_it(given: dict
         ({"window": "900:901"}, "No request is left of the --trace"),
         ({"trace": "synthetic:rate=inf", "rate": 5.0}, "--rate cannot be met"),
         ({"tenants": 4}, "--tenants is for traces without tenants"),
+        ({"length_scale": 1e300}, "--length-scale makes a request longer than 16777216 tokens"),
+        ({"flood": "start=900"}, "--flood begins when the last request has come"),
+        ({"trace": "synthetic:rate=inf", "flood": "rate=9"}, "--flood begins when the last request has come"),
+        ({"rate_scale": 100.0, "flood": "start=5"}, "--flood begins when the last request has come"),
     ],
 )
 def test_an_option_that_does_not_fit_the_source_is_refused_at_the_first_request(
