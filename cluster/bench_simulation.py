@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from cluster import simulate
 from cluster.bench_arm import STOCK
+from cluster.simulated_kind import kind_of, timed
 from cluster.simulated_replica import ReplicaKind
 from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy
@@ -45,7 +46,7 @@ def main(options: argparse.Namespace) -> int:
     print(f"{'':<22}{'requests/s':>12}{'preemptions':>12}")
     try:
         for policy in (STOCK, PreemptionPolicy.RECOMPUTE, PreemptionPolicy.SWAP, PreemptionPolicy.ADAPTIVE):
-            kind = simulate.kind_of(arguments, policy=policy)
+            kind = kind_of(arguments, timed(arguments), policy=policy)
             for name, one in (("ample", kind), ("pressed", pressed(kind))):
                 start_s = time.process_time()
                 outcome = simulate.run(arguments, one, requests, f"{policy}, {name}")

@@ -1,8 +1,8 @@
 """`python -m cluster simulate`: what policies would make of a trace on many replicas, in virtual time.
 
-Method: every policy serves the same requests on simulated replicas (`cluster.simulation`), with step times of the hardware's
-datasheet (`cost_service.engine_step`) and copies as `cost_service.analytic` prices them. Service times alone come from an
-idle simulated replica with vLLM's own preemption. The result holds no wall-clock time: the same command, the same bytes.
+Method: every policy serves the same requests on simulated replicas (`cluster.simulation`), with step times and copies of a
+datasheet, a profile or a calibration (`cluster.simulated_kind`). Service times alone come from an idle simulated replica
+with vLLM's own preemption. The result holds no wall-clock time: the same command, the same bytes.
 """
 
 import argparse
@@ -18,31 +18,19 @@ from typing import Any
 from cluster.bench import command_line
 from cluster.bench_arm import STOCK
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
-from cluster.bench_model import LLAMA_8B
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
 from cluster.routing import LeastLoaded, RoundRobin, Router
+from cluster.simulated_kind import add_kind_arguments, kind_of, timed
 from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, ReplicaKind, ample
-from cluster.simulated_step import SimulatedSettings
 from cluster.simulation import Disturbances, Simulation
 from cluster.workload import add_workload_arguments, workload_of
 from cluster.workload_summary import describe
-from cost_service.analytic import analytic_snapshot
-from cost_service.engine_step import EngineStep
-from cost_service.hardware import HARDWARE, Hardware
-from cost_service.kv_memory import kv_layout
-from cost_service.model_shape import ModelShape
 from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy
-from replicas.throttled_link import LinkSettings
 
-MODELS = {"llama-3.1-8b": LLAMA_8B}
 DEFAULT = "synthetic:requests=2000,rate=20"
 ROUTERS: dict[str, Callable[[], Router]] = {"least-loaded": LeastLoaded, "round-robin": RoundRobin}
-DEVICE_GIB = 80.0
-KV_SHARE = 0.9
-"""Of device memory, what weights, activations and KV cache take together (vLLM's `gpu_memory_utilization`)."""
-ACTIVATION_GIB = 4.0
 ALONE_PROMPTS = (1, 128, 512, 2048, 8192)
 ALONE_OUTPUT = 64
 MOST_TENANTS = 50
@@ -62,21 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--router", choices=ROUTERS, default="least-loaded", help="which replica gets a request (default: least-loaded)"
     )
-    add("--hardware", choices=sorted(HARDWARE), default="H100", help="device of a replica (default: H100)")
-    add("--model", default="llama-3.1-8b", help=f"{', '.join(MODELS)}, or a config.json (default: llama-3.1-8b)")
-    add("--block-size", type=int, default=16, help="tokens per KV block (default: 16)")
-    add("--max-num-seqs", type=int, default=256, help="requests that run at once on a replica (default: 256)")
-    add("--max-num-batched-tokens", type=int, default=8192, help="tokens of a step (default: 8192)")
-    add("--no-prefix-caching", action="store_true", help="without vLLM's prefix cache")
-    pool = parser.add_mutually_exclusive_group()
-    pool.add_argument(
-        "--pool-blocks", type=int, help=f"KV blocks of a replica (default: what {DEVICE_GIB:g} GiB leave)"
-    )
-    pool.add_argument(
-        "--pool-fraction", type=float, help="of the most blocks that a replica needs with an unlimited pool"
-    )
-    add("--host-gib", type=float, default=64.0, help="host memory for swapped blocks, per replica (default: 64)")
-    add("--replicas-per-host", type=int, default=1, help="replicas that share a link to host memory (default: 1)")
+    add_kind_arguments(parser)
     add("--crash-interval-s", type=float, default=math.inf, help="a replica's mean time to a crash (default: never)")
     add("--restart-s", type=float, default=60.0, help="until it is back (default: 60)")
     add("--lose", action="store_true", help="what a crashed replica had is lost, and not sent again")
@@ -144,7 +118,8 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     if options.replicas < 1:
         raise ValueError(f"--replicas must be at least 1: it is {options.replicas}.")
     policies, admissions = _names(options.policy), _names(options.admission)
-    kinds = {policy: kind_of(options, policy=policy) for policy in policies}
+    what = timed(options)
+    kinds = {policy: kind_of(options, what, policy=policy) for policy in policies}
     for admission in admissions:
         replace(kinds[policies[0]], admission=admission)  # refuses an unknown one before anything has run
     first, dropped = kinds[policies[0]], Counter[str]()
@@ -165,7 +140,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     }
     report: dict[str, Any] = {
         "benchmark": "simulation",
-        "simulated": "step times from a datasheet, and copies at its rates: nothing here was measured",
+        "simulated": what.said,
         "command": command_line(),
         "requests": len(requests),
         "workload": workload.as_report(),
@@ -223,46 +198,6 @@ def alone(kind: ReplicaKind, longest_prompt: int) -> Calibration:
         simulation = Simulation(ReplicaBuilder(ample(kind)), num_replicas=1, router=RoundRobin(), done=records.append)
         simulation.run([request])
     return Calibration.fit(records)
-
-
-def kind_of(options: argparse.Namespace, *, policy: str) -> ReplicaKind:
-    """The replicas that the options describe."""
-    hardware = HARDWARE[options.hardware]
-    config = MODELS.get(options.model) or json.loads(Path(options.model).read_text())
-    shape = ModelShape.from_config(config, source=options.model)
-    layout = kv_layout(shape, block_size=options.block_size)
-    costs = analytic_snapshot(
-        shape, hardware, model=Path(options.model).name, parallelism=1, block_size=options.block_size,
-        block_bytes=layout.block_bytes,
-    )  # fmt: skip
-    settings = SimulatedSettings(
-        num_blocks=_num_blocks(shape, layout.block_bytes) if options.pool_blocks is None else options.pool_blocks,
-        block_size=options.block_size, max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        enable_prefix_caching=not options.no_prefix_caching,
-    )  # fmt: skip
-    if not options.host_gib >= 0:
-        raise ValueError(f"--host-gib must not be negative: it is {options.host_gib}.")
-    return ReplicaKind(
-        settings=settings, times=EngineStep.cold(shape, hardware), costs=costs, block_bytes=layout.block_bytes,
-        policy=policy, host_bytes=int(options.host_gib * (1 << 30)), link=_link(hardware),
-        replicas_per_host=options.replicas_per_host,
-    )  # fmt: skip
-
-
-def _link(hardware: Hardware) -> LinkSettings | None:
-    return None if hardware.copies_stall else LinkSettings(bytes_per_s=hardware.copy_bytes_per_s)
-
-
-def _num_blocks(shape: ModelShape, block_bytes: int) -> int:
-    """KV blocks that a device has room for beside the weights, at two bytes each."""
-    weights = 2 * (shape.active_weights + shape.hidden_size * shape.vocab_size)
-    free = (KV_SHARE * DEVICE_GIB - ACTIVATION_GIB) * (1 << 30) - weights
-    if free < 2 * block_bytes:
-        raise ValueError(
-            f"The model's weights take {weights / (1 << 30):.0f} GiB: name --pool-blocks for such a replica."
-        )
-    return int(free / block_bytes)
 
 
 def _room(kind: ReplicaKind, options: argparse.Namespace) -> int:

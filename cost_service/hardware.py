@@ -29,6 +29,7 @@ class Datasheet:
     host_bytes_per_s: float
     """To host memory, one direction."""
 
+    memory_gib: float = 80.0
     rank_bytes_per_s: float | None = None
     """NVLink to other devices, one direction; None: they talk over the link to the host."""
 
@@ -94,6 +95,7 @@ class Hardware:
     rank_latency_s: float
     """Of one all-reduce."""
 
+    memory_gib: float
     copies_stall: bool
     """Whether the engine waits for its copies (CPU), or they run beside it (GPU)."""
 
@@ -112,6 +114,7 @@ class Hardware:
             copy_fixed_s=5e-3,
             rank_bytes_per_s=REACHED["rank_bytes"] * (sheet.rank_bytes_per_s or sheet.host_bytes_per_s),
             rank_latency_s=1.5e-5 if sheet.rank_bytes_per_s else 4e-5,
+            memory_gib=sheet.memory_gib,
             copies_stall=False,
         )
 
@@ -127,23 +130,29 @@ REACHED = {
 """Shares of the peaks; copies as measured with blocks of 0.5 to 2 MB over PCIe, all-reduces as a recorded run of two RTX PRO
 6000 shows them (`python -m cluster validate`)."""
 
-DATASHEETS = (
-    Datasheet(name="A10G", flops_per_s=70e12, bytes_per_s=0.6e12, host_bytes_per_s=32e9),
-    Datasheet(name="A100", flops_per_s=312e12, bytes_per_s=2.04e12, host_bytes_per_s=32e9, rank_bytes_per_s=300e9),
-    Datasheet(name="L4", flops_per_s=121e12, bytes_per_s=0.3e12, host_bytes_per_s=32e9),
-    Datasheet(name="L40S", flops_per_s=362e12, bytes_per_s=0.864e12, host_bytes_per_s=32e9),
-    Datasheet(name="H100", flops_per_s=989e12, bytes_per_s=3.35e12, host_bytes_per_s=64e9, rank_bytes_per_s=450e9),
-    Datasheet(name="H200", flops_per_s=989e12, bytes_per_s=4.8e12, host_bytes_per_s=64e9, rank_bytes_per_s=450e9),
-    Datasheet(name="B200", flops_per_s=2250e12, bytes_per_s=8.0e12, host_bytes_per_s=64e9, rank_bytes_per_s=900e9),
-    Datasheet(name="RTXPRO6000", flops_per_s=504e12, bytes_per_s=1.6e12, host_bytes_per_s=64e9),
+_ROWS = (
+    ("A10G", 24, 70e12, 0.6e12, 32e9, None),
+    ("A100", 80, 312e12, 2.04e12, 32e9, 300e9),
+    ("L4", 24, 121e12, 0.3e12, 32e9, None),
+    ("L40S", 48, 362e12, 0.864e12, 32e9, None),
+    ("H100", 80, 989e12, 3.35e12, 64e9, 450e9),
+    ("H200", 141, 989e12, 4.8e12, 64e9, 450e9),
+    ("B200", 180, 2250e12, 8.0e12, 64e9, 900e9),
+    ("RTXPRO6000", 96, 504e12, 1.6e12, 64e9, None),
 )
+DATASHEETS = tuple(
+    Datasheet(
+        name=name, memory_gib=memory_gib, flops_per_s=flops, bytes_per_s=moved, host_bytes_per_s=host, rank_bytes_per_s=rank
+    )
+    for name, memory_gib, flops, moved, host, rank in _ROWS
+)  # fmt: skip
 """Source: NVIDIA's datasheets of these products (SXM where there are several)."""
 
 CPU = Hardware(
     # One thread of a server core without matrix units; its memory copy is what another core leaves.
     name="cpu", flops_per_s=3e10, bytes_per_s=1e10, attention_flops_per_s=3e10, kv_bytes_per_s=3e9, launch_s=2e-5,
     prefill_fixed_s=2e-3, copy_bytes_per_s=4e9, copy_fixed_s=2e-4,
-    rank_bytes_per_s=4e9, rank_latency_s=1e-4, copies_stall=True,
+    rank_bytes_per_s=4e9, rank_latency_s=1e-4, memory_gib=16.0, copies_stall=True,
 )  # fmt: skip
 
 HARDWARE = {CPU.name: CPU} | {sheet.name: Hardware.of_datasheet(sheet) for sheet in DATASHEETS}

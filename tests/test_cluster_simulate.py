@@ -66,7 +66,7 @@ def test_where_memory_is_ample_the_policies_are_the_same(trace: str, tmp_path: P
         (["--pool-blocks", "1"], "num_blocks must be at least 2"),
         (["--host-gib", "-1"], "--host-gib must not be negative"),
         (["--crash-interval-s", "0"], "crash_interval_s must be above 0"),
-        (["--model", "none.json"], "none.json cannot be used"),
+        (["--model", "none.json"], "none.json cannot be read"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
