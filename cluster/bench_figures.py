@@ -13,9 +13,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, groupby
+from itertools import groupby
 from operator import itemgetter
 from typing import Any, Self
+
+import numpy as np
 
 from cluster.records import RequestRecord
 
@@ -191,31 +193,34 @@ def _fairness(
 ) -> tuple[dict[str, float], list[float]]:
     """Per tenant its greatest gap, and its normalised service when the first tenant has nothing left to finish."""
     first_done_s = min(max(_or(record.finish_s, run_end_s) for record in own[tenant]) for tenant in weight)
-    served_then: list[float] = []
-    gaps, served = dict.fromkeys(weight, 0.0), dict.fromkeys(weight, 0.0)
-    rate, waiting = dict.fromkeys(weight, 0.0), dict.fromkeys(weight, 0)
-    ranges: dict[tuple[str, str], tuple[float, float]] = {}  # least and greatest difference since both wait
+    places, weights = {tenant: place for place, tenant in enumerate(weight)}, list(weight.values())
+    gaps, served, rate, served_then = np.zeros((4, len(places)))
+    waiting = np.zeros(len(places), dtype=int)
+    # Per pair of tenants: the least difference of their services since both wait, and the greatest.
+    least = np.full((len(places), len(places)), np.inf)
+    most = -least
     last_s = 0.0
     events = sorted(event for records in own.values() for record in records for event in _events(record, run_end_s))
     for (at_s, _), moment in groupby(events, key=itemgetter(0, 1)):
-        for tenant in served:
-            served[tenant] += rate[tenant] * (at_s - last_s)
+        served += rate * (at_s - last_s)
         last_s = at_s
         for _, _, tenant, jump, rise, waits in moment:
-            served[tenant] += jump / weight[tenant]
-            rate[tenant] += rise / weight[tenant]
-            waiting[tenant] += waits
-        for pair in combinations(weight, 2):
-            if not all(waiting[tenant] for tenant in pair):
-                ranges.pop(pair, None)
-                continue
-            difference = served[pair[0]] - served[pair[1]]
-            low, high = ranges.get(pair, (difference, difference))
-            ranges[pair] = low, high = min(low, difference), max(high, difference)
-            gaps |= {tenant: max(gaps[tenant], high - low) for tenant in pair}
+            place = places[tenant]
+            served[place] += jump / weights[place]
+            rate[place] += rise / weights[place]
+            waiting[place] += waits
+            if waits < 0 and not waiting[place]:
+                least[place], least[:, place], most[place], most[:, place] = np.inf, np.inf, -np.inf, -np.inf
+        both = np.flatnonzero(waiting)
+        if len(both) > 1:
+            pairs = np.ix_(both, both)
+            difference = served[both, None] - served[both]
+            least[pairs] = low = np.minimum(least[pairs], difference)
+            most[pairs] = high = np.maximum(most[pairs], difference)
+            gaps[both] = np.maximum(gaps[both], (high - low).max(axis=1))
         if at_s == first_done_s:
-            served_then = list(served.values())
-    return gaps, served_then
+            served_then = served.copy()
+    return dict(zip(places, gaps.tolist(), strict=True)), served_then.tolist()
 
 
 def _events(record: RequestRecord, run_end_s: float) -> Iterator[tuple[float, int, str, float, float, int]]:

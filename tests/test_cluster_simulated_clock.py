@@ -1,6 +1,6 @@
 """Goal: with one clock, the simulated engine decides and learns exactly what our scheduler does.
 
-Method: as `tests.test_cluster_simulated_lockstep`, but our scheduler's clock is the simulation's, and its copies are said to
+Method: as `test_cluster_simulated_lockstep.py`, but our scheduler's clock is the simulation's, and its copies are said to
 take what simulated ones take. So all that hangs on time is held too: prices, the guard, the headroom, and the loads over a
 throttled link.
 """
@@ -8,12 +8,10 @@ throttled link.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_swaps import SimulatedSwaps
 from cluster.simulated_time import LinearTimes
@@ -23,8 +21,8 @@ from replicas.guard import GuardSettings
 from replicas.preemptor import Preemptor
 from replicas.throttled_link import Direction
 from tests.engine_runs import BLOCK_SIZE
+from tests.lockstep_runs import Case, Clock, of_simulation, of_vllm, settings_of
 from tests.scheduler_runs import StampingRunner, build_scheduler
-from tests.test_cluster_simulated_lockstep import Case, of_simulation, of_vllm, settings_of
 
 pytestmark = pytest.mark.engine
 
@@ -44,28 +42,6 @@ TIMES = LinearTimes(
     token_s=1.2e-4,
     attention_s=1e-8,
 )
-
-
-class Clock:
-    """What `time.monotonic` is to say."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-
-class ClockedPreemption(SimulatedPreemption):
-    """Sets the clock to the begin of each simulated step."""
-
-    def __init__(self, preemptor: Preemptor, swaps: SimulatedSwaps, clock: Clock) -> None:
-        super().__init__(preemptor, swaps)
-        self._clock = clock
-
-    def make_room(self, engine: SimulatedEngine, now_s: float) -> bool:
-        self._clock.now_s = now_s
-        return super().make_room(engine, now_s)
 
 
 def clocked(runner: StampingRunner, clock: Clock) -> Callable[[Any], Any]:
@@ -88,8 +64,9 @@ def clocked(runner: StampingRunner, clock: Clock) -> Callable[[Any], Any]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """One clock for vLLM's scheduler, ours, and the connector."""
     clock = Clock()
-    for module in ("replicas.vllm_scheduler", "replicas.vllm_swap", "vllm.v1.core.sched.scheduler"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=clock.monotonic))
+    for module in ("vllm_scheduler", "vllm_swap", "vllm_swap_worker"):
+        monkeypatch.setattr(f"replicas.{module}.time", clock)
+    monkeypatch.setattr("vllm.v1.core.sched.scheduler.time", clock)
     return clock
 
 
@@ -130,8 +107,15 @@ CASES = {
     "swap, slow link, prefix cache": Clocked(case=case(35, settings=CACHING), policy="swap", slow_link=True),
 }
 
-SAME = ("num_preemptions", "num_measured", "predicted_s", "measured_s", "guarded", "num_guarded_steps")
-"""What both preemptors are to say after every step."""
+
+def remembered(preemptor: Preemptor) -> tuple[object, ...]:
+    """What decisions hang on beside the candidates."""
+    meter = preemptor.meter
+    return (
+        preemptor.step_s, preemptor.headroom.num_blocks, preemptor.guarded, preemptor.num_guarded_steps,
+        preemptor.num_preemptions, preemptor.num_measured, preemptor.predicted_s, preemptor.measured_s,
+        meter.resume_wait_s, meter.survival, meter.swap_excess_s, meter.num_open,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,15 +136,12 @@ def test_with_one_clock_both_decide_and_learn_the_same(tiny_model: Path, clock: 
     )
     preemptor = Preemptor(PreemptionPolicy(one.policy), COSTS, meter=swaps.scheduling.meter, guard=GuardSettings())
     times = replace(TIMES, token_s=one.slowness * TIMES.token_s)
-    preemption = ClockedPreemption(preemptor, swaps, clock)
-    simulation = of_simulation(settings_of(scheduler), one.case, preemption, times=times)
-    vllm = of_vllm(scheduler, one.case, clocked(StampingRunner(scheduler), clock))
+    preemption = SimulatedPreemption(preemptor, swaps)
+    simulation = of_simulation(settings_of(scheduler), one.case, preemption, clock, times)
+    vllm = of_vllm(scheduler, one.case, clocked(StampingRunner(scheduler), clock), clock)
     for step, (ours, theirs) in enumerate(zip(simulation, vllm, strict=True)):
         assert ours == theirs, f"step {step}"
-        for what in SAME:
-            said = getattr(preemptor, what), getattr(scheduler.preemptor, what)
-            assert said[0] == pytest.approx(said[1]), f"step {step}: {what}"
-        assert preemptor.headroom.num_blocks == scheduler.preemptor.headroom.num_blocks, f"step {step}"
+        assert remembered(preemptor) == remembered(scheduler.preemptor), f"step {step}"
     assert swaps.num_swapped_in_blocks == scheduler.num_swapped_in_blocks
     assert sum(preemptor.num_preemptions.values()) > 25
     assert (preemptor.num_guarded_steps > 0) == (name == "adaptive, guarded")
