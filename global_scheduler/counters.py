@@ -101,14 +101,17 @@ class Level:
         if name not in self._present:
             self._left(name)
 
-    def set_present(self, name: str, replica: str, *, waiting: bool, running: bool) -> None:
-        """Say whether requests of a name wait and run at a replica; charges of the same report come first."""
+    def set_present(self, name: str, replica: str, *, waiting: bool, running: bool, lifts: bool = True) -> None:
+        """Say whether requests of a name wait and run at a replica; charges of the same report come first.
+
+        Without `lifts` it was there before, and is only learned now: a scheduler that was away is told what was.
+        """
         if name not in self._counters and (waiting or running):
-            self._lift(name, self.virtual_time if not waiting else 0.0)
+            self._lift(name, self.virtual_time if lifts and not waiting else 0.0)
         places = self._present.setdefault(name, {})
         was_waiting = places.get(replica, False)
         if waiting and not was_waiting:
-            self._begins_to_wait(name, replica)
+            self._begins_to_wait(name, replica, lifts=lifts)
         elif was_waiting and not waiting:
             self._ceases_to_wait(name, replica)
         self._num_present_at[replica] += (waiting or running) - (replica in places)
@@ -157,7 +160,7 @@ class Level:
         return folded
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON values; who waits is learned anew from reports."""
+        """What `restore` needs, as JSON values; who is present is told again, without lifts."""
         return {
             "counters": dict(self._counters),
             "lifts": {name: self._lifts[name] for name in self._counters if name in self._lifts},
@@ -192,12 +195,13 @@ class Level:
             "a refund fell below the last lift"
         )
 
-    def _begins_to_wait(self, name: str, replica: str) -> None:
+    def _begins_to_wait(self, name: str, replica: str, *, lifts: bool) -> None:
         here = self.virtual_time_at(replica)
         if name not in self._waiting:
-            self._lift(name, self.virtual_time if here is None else here)
+            if lifts:
+                self._lift(name, self.virtual_time if here is None else here)
             self._waiting.add(name)
-        elif here is not None:
+        elif lifts and here is not None:
             self._lift(name, here - self.credit / self.weight(name))
         self._waiting_at.setdefault(replica, Lowest(self.counter)).add(name)
 
@@ -269,8 +273,8 @@ class FairCounters:
         self.tenants.charge(account.tenant, service)
         self._drop(account.tenant)
 
-    def set_present(self, account: Account, replica: str, *, waiting: bool, running: bool) -> None:
-        """Say whether requests of a user wait and run at a replica; charges of the same report come first."""
+    def set_present(self, account: Account, replica: str, *, waiting: bool, running: bool, lifts: bool = True) -> None:
+        """Say whether requests of a user wait and run at a replica; see `Level`. An unknown user is lifted in any case."""
         tenant, user = account
         sharing = self._sharing.get((tenant, replica), {})
         users = self._level(tenant)
@@ -282,9 +286,9 @@ class FairCounters:
             self._sharing[tenant, replica] = sharing
             if not sharing:
                 del self._sharing[tenant, replica]
-        users.set_present(user, replica, waiting=waiting, running=running)
+        users.set_present(user, replica, waiting=waiting, running=running, lifts=lifts or user not in users)
         waits, runs = users.presence_at(replica)
-        self.tenants.set_present(tenant, replica, waiting=waits, running=runs)
+        self.tenants.set_present(tenant, replica, waiting=waits, running=runs, lifts=lifts)
         self._drop(tenant)
 
     def remove_replica(self, replica: str) -> None:

@@ -124,6 +124,7 @@ class FairQueue:
     def begin_step(self, now_s: float) -> None:
         """Let time pass, and choose anew; a clock that jumps back counts as one that stands still."""
         self.now_s = max(self.now_s, now_s)
+        self.service.begin_step()
         self._chosen = None
         self._ahead.clear()
 

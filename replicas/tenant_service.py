@@ -6,10 +6,14 @@ Rules:
 - Service is charged as it is given, raw, to totals that only grow; a charge uses up what is held for the request first.
 - Who waits here and, as far as is known, nowhere else has come back: it is lifted to the least served who waits here, or to
   the last who did, until the cluster says what the lift is.
+- Who ceases to wait and begins again within a step has never ceased: vLLM takes requests that are not ready yet out of its
+  queue and puts them back in every step, and that must not cost a tenant its claim.
+- A line of a report is said again until a report that had it is answered: any report may be lost.
 - Swaps and recomputations are the system's, never a tenant's.
 - A tenant has at most `max_users` accounts of users in an engine's life; its further users share one.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +28,11 @@ FRACTION = 2**20
 
 
 def _exact(service: float) -> float:
-    """Round to a fraction of 2, whose sums are exact: what is held and given back leaves nothing."""
-    return round(service * FRACTION) / FRACTION
+    """Round down to a fraction of 2, whose sums are exact: what is held and given back leaves nothing.
+
+    Down, since a charge uses up what is held: a key must not fall by it.
+    """
+    return math.floor(service * FRACTION) / FRACTION
 
 
 @dataclass(slots=True)
@@ -65,6 +72,8 @@ class _Group:
     num_waiting: Counter[str] = field(default_factory=Counter)
     waiting: Lowest = field(init=False)
     last: str | None = None
+    left: set[str] = field(default_factory=set)
+    """Who ceased to wait in this step."""
 
     def __post_init__(self) -> None:
         self.waiting = Lowest(self.key)
@@ -85,7 +94,7 @@ class _Group:
     def arrives(self, name: str, *, returns: bool) -> None:
         self.num_waiting[name] += 1
         if self.num_waiting[name] == 1:
-            if returns:
+            if returns and name not in self.left:
                 self.of(name).lift(self.virtual_time())
             self.waiting.add(name)
 
@@ -95,6 +104,7 @@ class _Group:
         if self.num_waiting[name] == 0:
             del self.num_waiting[name]
             self.waiting.discard(name)
+            self.left.add(name)
             self.last = name
 
 
@@ -132,6 +142,8 @@ class TenantService:
         self._holds: dict[str, _Hold] = {}
         self._waits_elsewhere: set[str] = set()
         self._dirty: set[Account] = set()
+        self._unanswered: dict[Account, int] = {}  # the first report that says how an account is now
+        self._left: list[_Group] = []  # whom somebody left in this step
         self._fell: list[Callable[[Account], None]] = []
 
     def watch(self, fell: Callable[[Account], None]) -> None:
@@ -169,6 +181,12 @@ class TenantService:
         standing.counter += key - standing.key
         self._tell_fell(tenant)
 
+    def begin_step(self) -> None:
+        """Let who ceased to wait before now have ceased."""
+        for group in self._left:
+            group.left.clear()
+        self._left.clear()
+
     def arrives(self, account: Account) -> None:
         """Note a request that waits."""
         tenant = account.tenant
@@ -178,8 +196,10 @@ class TenantService:
 
     def leaves(self, account: Account) -> None:
         """Note a request that waits no more."""
+        users = self._users[account.tenant]
         self._tenants.leaves(account.tenant)
-        self._users[account.tenant].leaves(account.user)
+        users.leaves(account.user)
+        self._left += self._tenants, users
         self._dirty.add(account)
 
     def hold(self, request_id: str, account: Account, service: float) -> None:
@@ -237,11 +257,16 @@ class TenantService:
             users[user].learn(share.users[user], confirmed=confirmed)
             self._tell_fell(share.tenant, user)
 
-    def take_report(self, *, everything: bool = False) -> dict[Account, AccountReport]:
-        """Return the lines of a report: those that changed since the last, or all that are not zero."""
-        accounts = self._payers.keys() if everything else self._dirty
-        self._dirty = set()
+    def take_report(self, sequence: int, *, everything: bool = False) -> dict[Account, AccountReport]:
+        """Return the lines of a report: those that changed since the last that was answered, or all that there are."""
+        self._unanswered.update(dict.fromkeys(self._dirty, sequence))
+        self._dirty.clear()
+        accounts = self._payers if everything else self._unanswered
         return {account: self._line(account, self._payers[account]) for account in accounts}
+
+    def answered(self, sequence: int) -> None:
+        """Note that a report has arrived, and with it all that was said by then."""
+        self._unanswered = {account: first for account, first in self._unanswered.items() if first > sequence}
 
     def known(self) -> Mapping[str, float]:
         """Counters by tenant as this engine knows them, for a scheduler that has lost its own."""

@@ -180,7 +180,7 @@ class Engine:
 
     def report(self, *, everything: bool) -> Report:
         self.sequence += 1
-        accounts = self.service.take_report(everything=everything)
+        accounts = self.service.take_report(self.sequence, everything=everything)
         return Report(replica=self.name, epoch=self.epoch, sequence=self.sequence, accounts=accounts)
 
     def learn(self, answer: Answer, life: int) -> None:
