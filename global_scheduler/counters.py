@@ -8,7 +8,9 @@ Rules, on both levels alike:
   be saved up.
 - Who waits already and begins to wait at another replica keeps its counter, but not more than `credit` / weight below the
   least there: being held up at one busy replica is no claim to the others.
-- Who was given service without ever being seen waiting, joined between two reports: lifted, then charged.
+- Who was admitted without being seen waiting came and went between two reports: lifted, then charged, and where nobody waits
+  it is the last who ceased to. Else counters would drift apart while nobody waits, and whoever had used little would take
+  all when both begin to.
 - Who is neither waiting nor running is forgotten once its counter is at most what a lift would give it: nothing is lost.
   A higher one is debt and is kept until the others have caught up.
 - A tenant has at most `max_users` accounts of users; its further users share one.
@@ -89,11 +91,14 @@ class Level:
         """
         self._weights[name] = checked_weight(weight)
 
-    def charge(self, name: str, service: float) -> None:
-        """Add service; a negative one is a refund."""
+    def charge(self, name: str, service: float, *, admitted: bool = False) -> None:
+        """Add service; a negative one is a refund. With `admitted` it holds prompts of requests that began."""
         assert math.isfinite(service), f"{name!r} is charged {service}"
-        if name not in self._present:
+        passed = admitted and name not in self._waiting
+        if passed or name not in self._present:
             self._lift(name, self.virtual_time)
+        if passed and not self._waiting:
+            self._last, self._floor = name, self.virtual_time
         before = self._counters.get(name, 0.0)
         self._counters[name] = after = max(before + service / self.weight(name), self._lifts.get(name, 0.0))
         if after < before:
@@ -267,10 +272,10 @@ class FairCounters:
         """Counters of a tenant's users."""
         return self._users.get(tenant) or NOBODY
 
-    def charge(self, account: Account, service: float) -> None:
-        """Add service to a tenant and its user; a negative one is a refund."""
-        self._level(account.tenant).charge(self._user(account), service)
-        self.tenants.charge(account.tenant, service)
+    def charge(self, account: Account, service: float, *, admitted: bool = False) -> None:
+        """Add service to a tenant and its user, see `Level`; a negative one is a refund."""
+        self._level(account.tenant).charge(self._user(account), service, admitted=admitted)
+        self.tenants.charge(account.tenant, service, admitted=admitted)
         self._drop(account.tenant)
 
     def set_present(self, account: Account, replica: str, *, waiting: bool, running: bool, lifts: bool = True) -> None:

@@ -80,7 +80,8 @@ class FairShare:
         self.version += 1
         for account, served in added.items():
             if not begins and account.tenant != SYSTEM:
-                self.counters.charge(account, self.unit.service(served))
+                admitted = served.num_input_tokens + served.num_cached_tokens > 0
+                self.counters.charge(account, self.unit.service(served), admitted=admitted)
             self._touch(account.tenant)
         if begins and known is not None:
             lines = {account: line for account, line in report.accounts.items() if account.tenant in known}

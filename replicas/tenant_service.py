@@ -6,8 +6,9 @@ Rules:
 - Service is charged as it is given, raw, to totals that only grow; a charge uses up what is held for the request first.
 - Who waits here and, as far as is known, nowhere else has come back: it is lifted to the least served who waits here, or to
   the last who did, until the cluster says what the lift is.
-- Who ceases to wait and begins again within a step has never ceased: vLLM takes requests that are not ready yet out of its
-  queue and puts them back in every step, and that must not cost a tenant its claim.
+- A request that is taken out and put back within a step has waited all the time: vLLM does so with those that are not ready
+  yet, in every step, and that must not cost a tenant its claim. Its tenant's next request is another matter: who has all of
+  its requests admitted at once does not wait, and saves nothing up.
 - A line of a report is said again until a report that had it is answered: any report may be lost.
 - Swaps and recomputations are the system's, never a tenant's.
 - A tenant has at most `max_users` accounts of users in an engine's life; its further users share one.
@@ -72,8 +73,6 @@ class _Group:
     num_waiting: Counter[str] = field(default_factory=Counter)
     waiting: Lowest = field(init=False)
     last: str | None = None
-    left: set[str] = field(default_factory=set)
-    """Who ceased to wait in this step."""
 
     def __post_init__(self) -> None:
         self.waiting = Lowest(self.key)
@@ -94,7 +93,7 @@ class _Group:
     def arrives(self, name: str, *, returns: bool) -> None:
         self.num_waiting[name] += 1
         if self.num_waiting[name] == 1:
-            if returns and name not in self.left:
+            if returns:
                 self.of(name).lift(self.virtual_time())
             self.waiting.add(name)
 
@@ -104,7 +103,6 @@ class _Group:
         if self.num_waiting[name] == 0:
             del self.num_waiting[name]
             self.waiting.discard(name)
-            self.left.add(name)
             self.last = name
 
 
@@ -141,9 +139,9 @@ class TenantService:
         self._payers: dict[Account, _Payer] = {}
         self._holds: dict[str, _Hold] = {}
         self._waits_elsewhere: set[str] = set()
-        self._dirty: set[Account] = set()
+        self._dirty: dict[Account, None] = {}  # in order, so that the same history gives the same reports
         self._unanswered: dict[Account, int] = {}  # the first report that says how an account is now
-        self._left: list[_Group] = []  # whom somebody left in this step
+        self._taken: set[str] = set()  # requests that were taken out in this step
         self._fell: list[Callable[[Account], None]] = []
 
     def watch(self, fell: Callable[[Account], None]) -> None:
@@ -182,30 +180,27 @@ class TenantService:
         self._tell_fell(tenant)
 
     def begin_step(self) -> None:
-        """Let who ceased to wait before now have ceased."""
-        for group in self._left:
-            group.left.clear()
-        self._left.clear()
+        """Let requests that were taken out before now have gone."""
+        self._taken.clear()
 
-    def arrives(self, account: Account) -> None:
+    def arrives(self, account: Account, request_id: str = "") -> None:
         """Note a request that waits."""
-        tenant = account.tenant
-        self._tenants.arrives(tenant, returns=tenant not in self._waits_elsewhere)
-        self._users[tenant].arrives(account.user, returns=True)
+        tenant, returns = account.tenant, request_id not in self._taken
+        self._tenants.arrives(tenant, returns=returns and tenant not in self._waits_elsewhere)
+        self._users[tenant].arrives(account.user, returns=returns)
         self._payer(account)
 
     def leaves(self, account: Account) -> None:
         """Note a request that waits no more."""
-        users = self._users[account.tenant]
         self._tenants.leaves(account.tenant)
-        users.leaves(account.user)
-        self._left += self._tenants, users
-        self._dirty.add(account)
+        self._users[account.tenant].leaves(account.user)
+        self._dirty[account] = None
 
     def hold(self, request_id: str, account: Account, service: float) -> None:
         """Count service in advance: of a request that is admitted now."""
         assert service >= 0.0, f"{service} is held for {request_id}"
         assert request_id not in self._holds, f"{request_id} is admitted twice"
+        self._taken.add(request_id)
         self._holds[request_id] = hold = _Hold(account, _exact(service))
         payer = self._payer(account)
         payer.num_running += 1
@@ -299,7 +294,7 @@ class TenantService:
 
     def _payer(self, account: Account) -> _Payer:
         """Return the account's record, which is about to change."""
-        self._dirty.add(account)
+        self._dirty[account] = None
         payer = self._payers.get(account)
         if payer is None:
             users = self._users.setdefault(account.tenant, _Group())

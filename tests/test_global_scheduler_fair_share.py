@@ -295,7 +295,13 @@ def test_ten_thousand_tenants_cost_microseconds_and_bounded_memory() -> None:
     share = share_of(*(f"r{number}" for number in range(8)))
     services = [TenantService() for _ in range(8)]
     bound = FairnessBound(
-        prompt_service=0.0, memory_service=1e9, num_memory_tokens=1, stale_service=0.0, victims=VictimRule.MOST_SERVED
+        prompt_service=0.0,
+        memory_service=1e9,
+        num_memory_tokens=1,
+        refill_service=0.0,
+        stale_service=0.0,
+        decode_stale_service=0.0,
+        victims=VictimRule.MOST_SERVED,
     )
     checker = FairnessChecker(bound)
     accounts = [services[0].account(f"t{number}", "") for number in range(10_000)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from msgspec.structs import replace
 
-from cost_service.charges import ANONYMOUS, Served, ServiceKind, ServiceUnit
+from cost_service.charges import ANONYMOUS, Served
 from cost_service.service_messages import Known, Share
 from replicas.fair_queue import CLASS_FACTOR, Admission, FairQueue, Waiting, first_of
 from replicas.tenant_service import TenantService
@@ -131,41 +131,6 @@ def test_who_comes_back_is_lifted_here_until_the_cluster_knows() -> None:
     assert queue.service.tenant_key("g") == 1000.0
     queue.service.learn(replace(unaware, waits=True, known=Known(counter=900.0, included=0.0)))
     assert queue.service.tenant_key("g") == 900.0
-
-
-def test_a_request_that_is_not_ready_costs_its_tenant_no_claim_in_any_step() -> None:
-    service = TenantService()
-    fresh, skipped = FairQueue(service), FairQueue(service)
-    for name, tenant in (("f0", "f"), ("f1", "f"), ("g0", "g")):
-        fresh.add(waiting(fresh, name, tenant, held=10.0))
-    serve(fresh, "f", 500)
-    for step in range(3):
-        for queue in (fresh, skipped):
-            queue.begin_step(float(step))
-        chosen = first_of(skipped, fresh)
-        assert chosen is not None
-        assert chosen.peek().request_id == "g0"
-        skipped.add(chosen.pop(), front=True)  # as vLLM does with a request that waits for its KV blocks
-        assert service.tenant_key("g") == 0.0
-    skipped.begin_step(9.0)
-    skipped.pop()
-    skipped.begin_step(10.0)
-    skipped.add(waiting(skipped, "g1", "g"))
-    assert service.tenant_key("g") == 1000.0, "who ceased to wait in an earlier step has come back"
-
-
-@given(st.lists(st.tuples(st.sampled_from("fgh"), st.integers(0, 3_000_000)), max_size=60), st.floats(0.0, 5.0))
-def test_in_seconds_of_engine_time_no_key_falls_without_a_word(history: list[tuple[str, int]], held: float) -> None:
-    queue = FairQueue(TenantService(ServiceUnit(kind=ServiceKind.SECONDS)))
-    for number, (tenant, engine_us) in enumerate(history):
-        queue.add(waiting(queue, f"{number}", tenant, held=held))
-        popped = queue.pop()
-        before = queue.service.tenant_key(popped.account.tenant)
-        queue.service.charge(popped.request_id, popped.account, Served(engine_us=engine_us))
-        assert queue.service.tenant_key(popped.account.tenant) >= before
-        queue.add(waiting(queue, f"{number} more", tenant))
-        queue.peek()
-    queue.service.check()
 
 
 def test_switching_to_first_come_and_back_keeps_everybody() -> None:
