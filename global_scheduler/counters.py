@@ -270,7 +270,7 @@ class FairCounters:
 
     def users(self, tenant: str) -> Level:
         """Counters of a tenant's users."""
-        return self._users.get(tenant) or NOBODY
+        return self._users.get(tenant, NOBODY)
 
     def charge(self, account: Account, service: float, *, admitted: bool = False) -> None:
         """Add service to a tenant and its user, see `Level`; a negative one is a refund."""

@@ -55,6 +55,9 @@ class _Epoch:
         return added
 
 
+NO_EPOCHS: Mapping[str, _Epoch] = {}
+
+
 class UnknownReplicaError(ValueError):
     """A report from a replica that nobody announced, or that was removed."""
 
@@ -122,15 +125,13 @@ class Ledger:
 
     def total_of_tenant(self, replica: str, epoch: str, tenant: str) -> Served:
         """What a tenant was given in one life of a replica, as far as it is merged."""
-        if not self.knows(replica, epoch):
-            return NOTHING
-        return self._replicas[replica][epoch].tenants.get(tenant, NOTHING)
+        known = self._replicas.get(replica, NO_EPOCHS).get(epoch)
+        return NOTHING if known is None else known.tenants.get(tenant, NOTHING)
 
     def total(self, replica: str, epoch: str, account: Account) -> Served:
         """The same of one of its users."""
-        if not self.knows(replica, epoch):
-            return NOTHING
-        return self._replicas[replica][epoch].totals.get(account, NOTHING)
+        known = self._replicas.get(replica, NO_EPOCHS).get(epoch)
+        return NOTHING if known is None else known.totals.get(account, NOTHING)
 
     def knows(self, replica: str, epoch: str) -> bool:
         """Whether a report of that epoch was merged."""
