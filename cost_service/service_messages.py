@@ -1,6 +1,7 @@
 """What replicas and the fairness scheduler tell each other: cumulative totals one way, absolute counters the other.
 
-Plain values that any encoding carries; neither side imports the other.
+Plain values that any encoding carries; neither side imports the other. Those that hold numbers alone are kept by the
+thousands and can be in no cycle: the garbage collector leaves them out.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import msgspec
 from cost_service.charges import MAX_COUNT, Account, Served
 
 
-class AccountReport(msgspec.Struct, frozen=True, kw_only=True):
+class AccountReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One account at one replica."""
 
     served: Served
@@ -52,7 +53,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return self
 
 
-class Known(msgspec.Struct, frozen=True, kw_only=True):
+class Known(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A counter, and how much service of the asking replica's own is in it (not normalised)."""
 
     counter: float

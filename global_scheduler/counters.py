@@ -8,7 +8,9 @@ Rules, on both levels alike:
   be saved up.
 - Who waits already and begins to wait at another replica keeps its counter, but not more than `credit` / weight below the
   least there: being held up at one busy replica is no claim to the others.
-- Who was given service without ever being seen waiting, joined between two reports: lifted, then charged.
+- Who was admitted without being seen waiting came and went between two reports: lifted, then charged, and where nobody waits
+  it is the last who ceased to. Else counters would drift apart while nobody waits, and whoever had used little would take
+  all when both begin to.
 - Who is neither waiting nor running is forgotten once its counter is at most what a lift would give it: nothing is lost.
   A higher one is debt and is kept until the others have caught up.
 - A tenant has at most `max_users` accounts of users; its further users share one.
@@ -89,11 +91,14 @@ class Level:
         """
         self._weights[name] = checked_weight(weight)
 
-    def charge(self, name: str, service: float) -> None:
-        """Add service; a negative one is a refund."""
+    def charge(self, name: str, service: float, *, admitted: bool = False) -> None:
+        """Add service; a negative one is a refund. With `admitted` it holds prompts of requests that began."""
         assert math.isfinite(service), f"{name!r} is charged {service}"
-        if name not in self._present:
+        passed = admitted and name not in self._waiting
+        if passed or name not in self._present:
             self._lift(name, self.virtual_time)
+        if passed and not self._waiting:
+            self._last, self._floor = name, self.virtual_time
         before = self._counters.get(name, 0.0)
         self._counters[name] = after = max(before + service / self.weight(name), self._lifts.get(name, 0.0))
         if after < before:
@@ -101,14 +106,17 @@ class Level:
         if name not in self._present:
             self._left(name)
 
-    def set_present(self, name: str, replica: str, *, waiting: bool, running: bool) -> None:
-        """Say whether requests of a name wait and run at a replica; charges of the same report come first."""
+    def set_present(self, name: str, replica: str, *, waiting: bool, running: bool, lifts: bool = True) -> None:
+        """Say whether requests of a name wait and run at a replica; charges of the same report come first.
+
+        Without `lifts` it was there before, and is only learned now: a scheduler that was away is told what was.
+        """
         if name not in self._counters and (waiting or running):
-            self._lift(name, self.virtual_time if not waiting else 0.0)
+            self._lift(name, self.virtual_time if lifts and not waiting else 0.0)
         places = self._present.setdefault(name, {})
         was_waiting = places.get(replica, False)
         if waiting and not was_waiting:
-            self._begins_to_wait(name, replica)
+            self._begins_to_wait(name, replica, lifts=lifts)
         elif was_waiting and not waiting:
             self._ceases_to_wait(name, replica)
         self._num_present_at[replica] += (waiting or running) - (replica in places)
@@ -157,7 +165,7 @@ class Level:
         return folded
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON values; who waits is learned anew from reports."""
+        """What `restore` needs, as JSON values; who is present is told again, without lifts."""
         return {
             "counters": dict(self._counters),
             "lifts": {name: self._lifts[name] for name in self._counters if name in self._lifts},
@@ -192,12 +200,13 @@ class Level:
             "a refund fell below the last lift"
         )
 
-    def _begins_to_wait(self, name: str, replica: str) -> None:
+    def _begins_to_wait(self, name: str, replica: str, *, lifts: bool) -> None:
         here = self.virtual_time_at(replica)
         if name not in self._waiting:
-            self._lift(name, self.virtual_time if here is None else here)
+            if lifts:
+                self._lift(name, self.virtual_time if here is None else here)
             self._waiting.add(name)
-        elif here is not None:
+        elif lifts and here is not None:
             self._lift(name, here - self.credit / self.weight(name))
         self._waiting_at.setdefault(replica, Lowest(self.counter)).add(name)
 
@@ -261,16 +270,16 @@ class FairCounters:
 
     def users(self, tenant: str) -> Level:
         """Counters of a tenant's users."""
-        return self._users.get(tenant) or NOBODY
+        return self._users.get(tenant, NOBODY)
 
-    def charge(self, account: Account, service: float) -> None:
-        """Add service to a tenant and its user; a negative one is a refund."""
-        self._level(account.tenant).charge(self._user(account), service)
-        self.tenants.charge(account.tenant, service)
+    def charge(self, account: Account, service: float, *, admitted: bool = False) -> None:
+        """Add service to a tenant and its user, see `Level`; a negative one is a refund."""
+        self._level(account.tenant).charge(self._user(account), service, admitted=admitted)
+        self.tenants.charge(account.tenant, service, admitted=admitted)
         self._drop(account.tenant)
 
-    def set_present(self, account: Account, replica: str, *, waiting: bool, running: bool) -> None:
-        """Say whether requests of a user wait and run at a replica; charges of the same report come first."""
+    def set_present(self, account: Account, replica: str, *, waiting: bool, running: bool, lifts: bool = True) -> None:
+        """Say whether requests of a user wait and run at a replica; see `Level`. An unknown user is lifted in any case."""
         tenant, user = account
         sharing = self._sharing.get((tenant, replica), {})
         users = self._level(tenant)
@@ -282,9 +291,9 @@ class FairCounters:
             self._sharing[tenant, replica] = sharing
             if not sharing:
                 del self._sharing[tenant, replica]
-        users.set_present(user, replica, waiting=waiting, running=running)
+        users.set_present(user, replica, waiting=waiting, running=running, lifts=lifts or user not in users)
         waits, runs = users.presence_at(replica)
-        self.tenants.set_present(tenant, replica, waiting=waits, running=runs)
+        self.tenants.set_present(tenant, replica, waiting=waits, running=runs, lifts=lifts)
         self._drop(tenant)
 
     def remove_replica(self, replica: str) -> None:

@@ -5,8 +5,10 @@ Rules:
   lifted by service that it had before.
 - An answer is absolute: per account its counter, what of the asking replica's own totals is in it, and whether it waits
   elsewhere. An answer may be lost or repeated; a replica adds what it has served beyond.
+- A new epoch of a replica takes the old one's place: nobody waits or runs there any more but those whom it names.
 - Answers hold what changed since the version that the replica has; a replica of another life has version 0 and gets all.
-- With a stored state, totals since then are charged: nothing is lost and nothing counts twice, however old it is.
+- A stored state says who waits where, too: nobody is lifted because the scheduler was away. Totals since then are charged:
+  nothing is lost and nothing counts twice, however old it is.
 - After a loss of all state, the first reports carry what each replica knew of the counters: the highest word is taken, and
   the totals of that report are a beginning, not a charge. So at most the others' service since their last answer is lost.
 """
@@ -15,11 +17,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from cost_service.charges import SYSTEM, Account, ServiceUnit
+from cost_service.charges import MAX_COUNT, SYSTEM, Account, ServiceUnit
 from cost_service.lowest import SPARE_ENTRIES
-from cost_service.service_messages import Answer, Known, Report, Share
+from cost_service.service_messages import AccountReport, Answer, Known, Report, Share
 from global_scheduler.counters import FairCounters
-from global_scheduler.ledger import Ledger
+from global_scheduler.ledger import ABSENT, Ledger
 
 
 class FairShare:
@@ -65,21 +67,34 @@ class FairShare:
                 epoch is new to us and no state was restored, see the rules.
 
         Raises:
-            ValueError: The report is impossible, or the replica unknown; nothing has changed then.
+            ValueError: The report or a known counter is impossible, or the replica unknown; nothing has changed then.
         """
+        for tenant, counter in (known or {}).items():
+            if not 0.0 <= counter < MAX_COUNT:
+                raise ValueError(
+                    f"The counter of {tenant!r} at {report.replica!r} is {counter!r}; it must be from 0 to 2^53."
+                )
+        epoch, before = self.ledger.current(report.replica), self.ledger.present(report.replica)
         begins = known is not None and not self._restored and not self.ledger.knows(report.replica, report.epoch)
         added, newest = self.ledger.merge(report)
         self.version += 1
         for account, served in added.items():
             if not begins and account.tenant != SYSTEM:
-                self.counters.charge(account, self.unit.service(served))
+                admitted = served.num_input_tokens + served.num_cached_tokens > 0
+                self.counters.charge(account, self.unit.service(served), admitted=admitted)
             self._touch(account.tenant)
         if begins and known is not None:
+            lines = {account: line for account, line in report.accounts.items() if account.tenant in known}
+            self._note_presence(report.replica, lines, lifts=False)
             for tenant, counter in known.items():
                 self.counters.tenants.raise_to(tenant, counter)
                 self._touch(tenant)
-        if newest:
-            self._note_presence(report)
+        if newest and epoch not in (None, report.epoch):
+            now = self.ledger.present(report.replica)
+            gone = dict.fromkeys((account for account in before if account not in now), ABSENT)
+            self._note_presence(report.replica, {**now, **gone})
+        elif newest:
+            self._note_presence(report.replica, report.accounts)
         self.counters.fold()
 
     def answer(self, replica: str, epoch: str, *, since: int) -> Answer:
@@ -107,6 +122,8 @@ class FairShare:
         self.counters.restore(state["counters"])
         self.version = int(state["version"])
         self._restored = True
+        for replica in sorted(self.ledger.replicas):
+            self._note_presence(replica, self.ledger.present(replica), lifts=False)
         for tenant in self.counters.tenants:
             self._touch(tenant)
 
@@ -115,13 +132,13 @@ class FairShare:
         self.ledger.check()
         self.counters.check()
 
-    def _note_presence(self, report: Report) -> None:
-        for account, line in report.accounts.items():
+    def _note_presence(self, replica: str, lines: Mapping[Account, AccountReport], *, lifts: bool = True) -> None:
+        for account, line in lines.items():
             if account.tenant == SYSTEM:
                 continue
             waiting, running = line.num_waiting > 0, line.num_running > 0
-            self.counters.set_present(account, report.replica, waiting=waiting, running=running)
-            self._reserve(report.replica, account, line.reserved)
+            self.counters.set_present(account, replica, waiting=waiting, running=running, lifts=lifts)
+            self._reserve(replica, account, line.reserved)
             self._touch(account.tenant)
 
     def _reserve(self, replica: str, account: Account, reserved: float) -> None:
@@ -137,8 +154,11 @@ class FairShare:
     def _touch(self, tenant: str) -> None:
         self._changed[tenant] = self.version
         self._changed.move_to_end(tenant)
-        while len(self._changed) > 2 * len(self.counters.tenants) + SPARE_ENTRIES:
-            self._changed.popitem(last=False)  # forgotten tenants, or changes that everybody was told long ago
+        if len(self._changed) > 2 * len(self.counters.tenants) + SPARE_ENTRIES:
+            kept = ((name, version) for name, version in self._changed.items() if name in self.counters.tenants)
+            self._changed = OrderedDict(
+                kept
+            )  # whoever was forgotten is told anew when it returns, and its weight with it
 
     def _share(self, tenant: str, replica: str, epoch: str) -> Share:
         tenants, users = self.counters.tenants, self.counters.users(tenant)

@@ -14,9 +14,10 @@ Rules:
 It sees service and who waits, nothing else: no policy's counters. Source: lemma 4.3 of VTC (arXiv:2401.00588).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from cost_service.charges import checked_weight
+from cost_service.lowest import Lowest
 from global_scheduler.bound import FairnessBound
 from global_scheduler.counters import Level as Counters
 
@@ -56,7 +57,10 @@ class _Period:
 class _Group:
     counters: Counters = field(default_factory=Counters)
     periods: dict[str, _Period] = field(default_factory=dict)
-    leaders: list[str] = field(default_factory=list)  # the two with the largest range times weight
+    strays: Lowest = field(init=False)  # the lowest is who strayed most
+
+    def __post_init__(self) -> None:
+        self.strays = Lowest(lambda name: -self.stray(name))
 
     def lead(self, tenant: str) -> float:
         return self.counters.counter(tenant) - self.counters.virtual_time
@@ -67,11 +71,28 @@ class _Group:
     def note(self, tenant: str) -> None:
         """Take the lead of now into the tenant's range."""
         period, lead = self.periods[tenant], self.lead(tenant)
-        period.low, period.high = min(period.low, lead), max(period.high, lead)
-        self.rank({*self.leaders, tenant})
+        if not period.low <= lead <= period.high:
+            period.low, period.high = min(period.low, lead), max(period.high, lead)
+            self.strays.fell(tenant)
 
-    def rank(self, tenants: Iterable[str]) -> None:
-        self.leaders = sorted(tenants, key=lambda name: (-self.stray(name), name))[:2]
+    def begin(self, tenant: str) -> None:
+        lead = self.lead(tenant)
+        self.periods[tenant] = _Period(lead, lead)
+        self.strays.add(tenant)
+
+    def end(self, tenant: str) -> None:
+        del self.periods[tenant]
+        self.strays.discard(tenant)
+
+    def leaders(self) -> list[str]:
+        """The two tenants who strayed most, or fewer."""
+        first = self.strays.lowest()
+        if first is None:
+            return []
+        self.strays.discard(first[1])
+        second = self.strays.lowest()
+        self.strays.add(first[1])
+        return [first[1]] if second is None else [first[1], second[1]]
 
 
 class FairnessChecker:
@@ -96,7 +117,7 @@ class FairnessChecker:
         Raises:
             ValueError: The weight is out of range.
         """
-        self._weights[tenant] = weight
+        self._weights[tenant] = checked_weight(weight)
         self._begin_anew(tenant, self._group_of.get(tenant, ""))
 
     def set_group(self, tenant: str, group: str) -> None:
@@ -112,14 +133,11 @@ class FairnessChecker:
         if waiting:
             group.counters.set_weight(tenant, self._weights.get(tenant, 1.0))
             group.counters.set_present(tenant, HERE, waiting=True, running=False)
-            lead = group.lead(tenant)
-            group.periods[tenant] = _Period(lead, lead)
+            group.begin(tenant)
         else:
             self._note(tenant)
             group.counters.set_present(tenant, HERE, waiting=False, running=False)
-            del group.periods[tenant]
-            if tenant in group.leaders:
-                group.rank(group.periods)
+            group.end(tenant)
 
     def serve(self, tenant: str, service: float) -> None:
         """Count service that was given, to a waiting tenant or not."""
@@ -141,17 +159,18 @@ class FairnessChecker:
     def _note(self, tenant: str) -> None:
         group = self._group(tenant)
         group.note(tenant)
-        if group.stray(group.leaders[0]) > self.worst.stray * self.bound.unit:
+        if group.stray(tenant) > self.worst.stray * self.bound.unit:
             self.worst = self._gap(group)
 
     def _gap(self, group: _Group) -> Gap:
-        if not group.leaders:
+        leaders = group.leaders()
+        if not leaders:
             return Gap()
-        weights = [group.counters.weight(name) for name in group.leaders]
+        weights = [group.counters.weight(name) for name in leaders]
         bound = self.bound.pair(weights[0], weights[-1])
-        gap = sum(group.periods[name].range for name in group.leaders)
-        stray = group.stray(group.leaders[0]) / self.bound.unit
-        return Gap(tenants=tuple(group.leaders), gap=gap, bound=bound, ratio=gap / bound, stray=stray)
+        gap = sum(group.periods[name].range for name in leaders)
+        stray = group.stray(leaders[0]) / self.bound.unit
+        return Gap(tenants=tuple(leaders), gap=gap, bound=bound, ratio=gap / bound, stray=stray)
 
     def _group(self, tenant: str) -> _Group:
         return self._groups.setdefault(self._group_of.get(tenant, ""), _Group())

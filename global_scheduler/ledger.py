@@ -5,7 +5,8 @@ Rules:
   total, so a report may be lost, repeated, late or out of order: a grow-only counter per (replica, epoch).
 - What a merge adds is handed on once, as raw amounts, to be charged.
 - Gauges (who waits and runs there now) are those of the report with the highest sequence; a report of another epoch with a
-  sequence that is new for that epoch takes over, so that a late word of a dead engine lasts one interval at most.
+  sequence that is new for that epoch takes over, so that a late word of a dead engine lasts one interval at most. Every
+  epoch has its own: whichever takes over, nothing of the other's stays, and nothing of its own is missing.
 - An epoch is over once `KEPT_EPOCHS` others of its replica have reported since, or the replica is removed. It is folded into
   sums by tenant, and its name is remembered (the last `REMEMBERED_EPOCHS` of a replica, of the last `REMEMBERED_REPLICAS`):
   whatever still arrives of it is refused, not counted again.
@@ -18,11 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cost_service.charges import NOTHING, Account, Served
-from cost_service.service_messages import Report
+from cost_service.service_messages import AccountReport, Report
 
 KEPT_EPOCHS = 3
 REMEMBERED_EPOCHS = 256
 REMEMBERED_REPLICAS = 1024
+
+ABSENT = AccountReport(served=NOTHING)
+"""Who neither waits nor runs."""
 
 
 @dataclass(slots=True)
@@ -32,6 +36,16 @@ class _Epoch:
     tenants: dict[str, Served] = field(default_factory=dict)
     """Sums of the totals by tenant."""
 
+    present: dict[Account, AccountReport] = field(default_factory=dict)
+    """Lines of the accounts that wait, run or have something reserved."""
+
+    def note(self, account: Account, line: AccountReport) -> None:
+        """Take the gauges of a newest report in."""
+        if line.num_waiting or line.num_running or line.reserved:
+            self.present[account] = line
+        else:
+            self.present.pop(account, None)
+
     def raise_to(self, account: Account, total: Served) -> Served:
         """Take a total in, and return what it adds."""
         before = self.totals.get(account, NOTHING)
@@ -39,6 +53,9 @@ class _Epoch:
         added = after.minus(before)
         self.tenants[account.tenant] = self.tenants.get(account.tenant, NOTHING).plus(added)
         return added
+
+
+NO_EPOCHS: Mapping[str, _Epoch] = {}
 
 
 class UnknownReplicaError(ValueError):
@@ -97,6 +114,8 @@ class Ledger:
         if newest:
             self._current[report.replica] = report.epoch
             epochs.move_to_end(report.epoch)
+            for account, line in report.accounts.items():
+                epoch.note(account, line)
         added = {account: epoch.raise_to(account, line.served) for account, line in report.accounts.items()}
         for account, served in added.items():
             self._delivered[account.tenant] = self.delivered(account.tenant).plus(served)
@@ -106,19 +125,26 @@ class Ledger:
 
     def total_of_tenant(self, replica: str, epoch: str, tenant: str) -> Served:
         """What a tenant was given in one life of a replica, as far as it is merged."""
-        if not self.knows(replica, epoch):
-            return NOTHING
-        return self._replicas[replica][epoch].tenants.get(tenant, NOTHING)
+        known = self._replicas.get(replica, NO_EPOCHS).get(epoch)
+        return NOTHING if known is None else known.tenants.get(tenant, NOTHING)
 
     def total(self, replica: str, epoch: str, account: Account) -> Served:
         """The same of one of its users."""
-        if not self.knows(replica, epoch):
-            return NOTHING
-        return self._replicas[replica][epoch].totals.get(account, NOTHING)
+        known = self._replicas.get(replica, NO_EPOCHS).get(epoch)
+        return NOTHING if known is None else known.totals.get(account, NOTHING)
 
     def knows(self, replica: str, epoch: str) -> bool:
         """Whether a report of that epoch was merged."""
         return epoch in self._replicas.get(replica, ())
+
+    def current(self, replica: str) -> str | None:
+        """The epoch whose gauges hold."""
+        return self._current.get(replica)
+
+    def present(self, replica: str) -> Mapping[Account, AccountReport]:
+        """The accounts that wait, run or have something reserved there, by the gauges that hold."""
+        current = self.current(replica)
+        return {} if current is None else self._replicas[replica][current].present
 
     def delivered(self, tenant: str) -> Served:
         """All that a tenant was given."""
@@ -134,7 +160,11 @@ class Ledger:
                 replica: {
                     name: {
                         "sequence": epoch.sequence,
-                        "totals": [[*account, *served] for account, served in epoch.totals.items()],
+                        "lines": [
+                            [*account, *served, line.num_waiting, line.num_running, line.reserved]
+                            for account, served in epoch.totals.items()
+                            for line in [epoch.present.get(account, ABSENT)]
+                        ],
                     }
                     for name, epoch in epochs.items()
                 }
@@ -157,8 +187,16 @@ class Ledger:
             ledger.add_replica(replica)
             for name, epoch in epochs.items():
                 restored = ledger._replicas[replica][name] = _Epoch(epoch["sequence"])
-                for tenant, user, *served in epoch["totals"]:
-                    restored.raise_to(Account(tenant, user), Served(*served).checked(f"{tenant!r}/{user!r}"))
+                lines = {
+                    Account(tenant, user): AccountReport(
+                        served=Served(*served), num_waiting=waiting, num_running=running, reserved=reserved
+                    )
+                    for tenant, user, *served, waiting, running, reserved in epoch["lines"]
+                }
+                report = Report(replica=replica, epoch=name, sequence=epoch["sequence"], accounts=lines).checked()
+                for account, line in report.accounts.items():
+                    restored.raise_to(account, line.served)
+                    restored.note(account, line)
                 ledger._current[replica] = name
         wrong = ledger._unbalanced()
         if wrong is not None:

@@ -124,6 +124,7 @@ class FairQueue:
     def begin_step(self, now_s: float) -> None:
         """Let time pass, and choose anew; a clock that jumps back counts as one that stands still."""
         self.now_s = max(self.now_s, now_s)
+        self.service.begin_step()
         self._chosen = None
         self._ahead.clear()
 
@@ -142,7 +143,7 @@ class FairQueue:
         self._front, self._back = (self._front - 1, self._back) if front else (self._front, self._back + 1)
         position = self._front if front else self._back
         arrival_s = waiting.arrival_s if self._is_fair(waiting) else 0.0
-        self.service.arrives(waiting.account)
+        self.service.arrives(waiting.account, waiting.request_id)
         self._insert(waiting, (arrival_s, position, waiting.request_id))
 
     def rank(self) -> Rank | None:

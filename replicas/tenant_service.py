@@ -6,10 +6,15 @@ Rules:
 - Service is charged as it is given, raw, to totals that only grow; a charge uses up what is held for the request first.
 - Who waits here and, as far as is known, nowhere else has come back: it is lifted to the least served who waits here, or to
   the last who did, until the cluster says what the lift is.
+- A request that is taken out and put back within a step has waited all the time: vLLM does so with those that are not ready
+  yet, in every step, and that must not cost a tenant its claim. Its tenant's next request is another matter: who has all of
+  its requests admitted at once does not wait, and saves nothing up.
+- A line of a report is said again until a report that had it is answered: any report may be lost.
 - Swaps and recomputations are the system's, never a tenant's.
 - A tenant has at most `max_users` accounts of users in an engine's life; its further users share one.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +29,11 @@ FRACTION = 2**20
 
 
 def _exact(service: float) -> float:
-    """Round to a fraction of 2, whose sums are exact: what is held and given back leaves nothing."""
-    return round(service * FRACTION) / FRACTION
+    """Round down to a fraction of 2, whose sums are exact: what is held and given back leaves nothing.
+
+    Down, since a charge uses up what is held: a key must not fall by it.
+    """
+    return math.floor(service * FRACTION) / FRACTION
 
 
 @dataclass(slots=True)
@@ -131,7 +139,9 @@ class TenantService:
         self._payers: dict[Account, _Payer] = {}
         self._holds: dict[str, _Hold] = {}
         self._waits_elsewhere: set[str] = set()
-        self._dirty: set[Account] = set()
+        self._dirty: dict[Account, None] = {}  # in order, so that the same history gives the same reports
+        self._unanswered: dict[Account, int] = {}  # the first report that says how an account is now
+        self._taken: set[str] = set()  # requests that were taken out in this step
         self._fell: list[Callable[[Account], None]] = []
 
     def watch(self, fell: Callable[[Account], None]) -> None:
@@ -169,23 +179,28 @@ class TenantService:
         standing.counter += key - standing.key
         self._tell_fell(tenant)
 
-    def arrives(self, account: Account) -> None:
+    def begin_step(self) -> None:
+        """Let requests that were taken out before now have gone."""
+        self._taken.clear()
+
+    def arrives(self, account: Account, request_id: str = "") -> None:
         """Note a request that waits."""
-        tenant = account.tenant
-        self._tenants.arrives(tenant, returns=tenant not in self._waits_elsewhere)
-        self._users[tenant].arrives(account.user, returns=True)
+        tenant, returns = account.tenant, request_id not in self._taken
+        self._tenants.arrives(tenant, returns=returns and tenant not in self._waits_elsewhere)
+        self._users[tenant].arrives(account.user, returns=returns)
         self._payer(account)
 
     def leaves(self, account: Account) -> None:
         """Note a request that waits no more."""
         self._tenants.leaves(account.tenant)
         self._users[account.tenant].leaves(account.user)
-        self._dirty.add(account)
+        self._dirty[account] = None
 
     def hold(self, request_id: str, account: Account, service: float) -> None:
         """Count service in advance: of a request that is admitted now."""
         assert service >= 0.0, f"{service} is held for {request_id}"
         assert request_id not in self._holds, f"{request_id} is admitted twice"
+        self._taken.add(request_id)
         self._holds[request_id] = hold = _Hold(account, _exact(service))
         payer = self._payer(account)
         payer.num_running += 1
@@ -237,11 +252,16 @@ class TenantService:
             users[user].learn(share.users[user], confirmed=confirmed)
             self._tell_fell(share.tenant, user)
 
-    def take_report(self, *, everything: bool = False) -> dict[Account, AccountReport]:
-        """Return the lines of a report: those that changed since the last, or all that are not zero."""
-        accounts = self._payers.keys() if everything else self._dirty
-        self._dirty = set()
+    def take_report(self, sequence: int, *, everything: bool = False) -> dict[Account, AccountReport]:
+        """Return the lines of a report: those that changed since the last that was answered, or all that there are."""
+        self._unanswered.update(dict.fromkeys(self._dirty, sequence))
+        self._dirty.clear()
+        accounts = self._payers if everything else self._unanswered
         return {account: self._line(account, self._payers[account]) for account in accounts}
+
+    def answered(self, sequence: int) -> None:
+        """Note that a report has arrived, and with it all that was said by then."""
+        self._unanswered = {account: first for account, first in self._unanswered.items() if first > sequence}
 
     def known(self) -> Mapping[str, float]:
         """Counters by tenant as this engine knows them, for a scheduler that has lost its own."""
@@ -274,7 +294,7 @@ class TenantService:
 
     def _payer(self, account: Account) -> _Payer:
         """Return the account's record, which is about to change."""
-        self._dirty.add(account)
+        self._dirty[account] = None
         payer = self._payers.get(account)
         if payer is None:
             users = self._users.setdefault(account.tenant, _Group())

@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.token_server import STEP_S, Cluster, Request, Scheduling, arrivals
+from global_scheduler.max_min import max_min_levels
+from tests.token_requests import Request, arrivals
+from tests.token_server import STEP_S, Cluster, Scheduling
 
 UNIT_PER_S = 4.0
 """Requests that a replica serves in a second."""
@@ -65,6 +67,11 @@ def hold(cluster: Cluster) -> None:
 def conserved(cluster: Cluster) -> None:
     hold(cluster)
     assert {tenant: cluster.share.ledger.delivered(tenant) for tenant in cluster.raw} == cluster.raw
+
+
+def strayed(cluster: Cluster) -> float:
+    """Service at weight 1 by which a tenant's lead has ranged at most."""
+    return cluster.checker.worst.stray * cluster.checker.bound.unit
 
 
 def load(tenant: str, units: float, until_s: float = END_S, **options: object) -> list[Request]:
@@ -145,6 +152,7 @@ def opposite_skew(cluster: Cluster, request: Request) -> int:
 
 
 FLOOD = load("f", 10.0) + load("g", 5.0)
+LONG = load("f", 2.0, 90.0, num_prompt=32, num_output=400) + load("g", 8.0, 90.0, num_prompt=32, num_output=32)
 
 
 def test_balanced_replicas_are_fair() -> None:
@@ -173,6 +181,91 @@ def test_two_ingresses_with_opposite_skew_keep_the_weights() -> None:
     options = {"num_replicas": 2, "weights": weights, "place": opposite_skew}
     conserved(fair := run("two ingresses, 4:1", requests, **options))
     assert fair.ratio("f", "g") == pytest.approx(4.0, rel=0.02)
+    stock = run("two ingresses, 4:1", requests, scheduling=Scheduling.FIRST_COME, **options)
+    assert stock.checker.broken
+    assert stock.ratio("f", "g") < 2.0
+
+
+def test_under_opposite_skew_counters_of_each_replica_alone_favour_whoever_waits_at_both() -> None:
+    """g's few requests at replica 0 are served at once; its share has to come from replica 1. Where both wait at both
+    replicas, as above, each replica's own counters would do.
+    """
+    requests = load("f", 8.0, 120.0) + load("g", 1.4, 120.0)
+    options = {"num_replicas": 2, "place": opposite_skew, "until_s": 120.0}
+    fair = run("two ingresses, g waits at one", requests, **options)
+    local = run("two ingresses, g waits at one", requests, scheduling=Scheduling.LOCAL, **options)
+    conserved(fair)
+    assert fair.shares()["g"] == pytest.approx(0.5, abs=0.03)
+    assert local.shares()["g"] < 0.45
+    assert local.checker.broken
+
+
+def test_a_tenant_that_reaches_one_replica_has_its_max_min_share_and_the_others_share_the_rest() -> None:
+    """g has replica 0 to itself, f and h share the others 1 : 1; compared within levels the bound holds."""
+    reach = {"f": frozenset("0123"), "g": frozenset("0"), "h": frozenset("0123")}
+    levels = max_min_levels(dict.fromkeys(reach, 1.0), reach, dict.fromkeys("0123", 1.0))
+    groups = {name: f"level {number}" for number, level in enumerate(levels) for name in level.tenants}
+    assert len(set(groups.values())) == 2
+
+    def reachable(cluster: Cluster, request: Request) -> int:
+        return least_loaded(cluster, request.tenant, sorted(map(int, reach[request.tenant])))
+
+    requests = load("f", 6.0) + load("g", 3.0) + load("h", 9.0)
+    options = {"num_replicas": 4, "place": reachable}
+    fair = run("pinned to 1 of 4, by level", requests, groups=groups, **options)
+    stock = run("pinned to 1 of 4, by level", requests, groups=groups, scheduling=Scheduling.FIRST_COME, **options)
+    conserved(fair)
+    expected = {name: level.rate / 4.0 for level in levels for name in level.tenants}
+    assert fair.shares() == pytest.approx(expected, abs=0.02)
+    assert stock.checker.broken
+
+
+def test_with_predicted_outputs_the_bound_holds_and_what_is_left_of_predictions_is_given_back() -> None:
+    """What is charged is equalised, not what is served: with unequal lengths the gap may grow by what is reserved."""
+    steady = {"until_s": 90.0, "events": {WARM_S: Cluster.watch_from_here}}
+    plain = run("overload, outputs 32 to 400", LONG, **steady)
+    told = run("the same, outputs predicted", LONG, predicts=True, **steady)
+    for cluster in (plain, told):
+        conserved(cluster)
+        assert cluster.shares()["f"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_reports_and_answers_that_are_lost_change_nothing_in_the_end() -> None:
+    cluster = run("pinned, 3 of 10 lost each way", FLOOD, num_replicas=4, place=pinned, loses=0.3)
+    conserved(cluster)
+    assert cluster.shares()["f"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_refills_break_the_bound_of_pool_tokens_and_not_that_of_the_worst_case() -> None:
+    """f's requests grow into what its own victims give up, while no prompt of g's fits."""
+    requests = load("f", 10.0, num_prompt=1, num_output=1000) + load(
+        "g", 1.0, num_prompt=1900, num_output=16, begin_s=0.5
+    )
+    cluster = run("long outputs, long prompts", requests, num_pool_tokens=2000, max_prompt=1900, worst_case=True)
+    conserved(cluster)
+    stated = cluster.bound(1)
+    assert strayed(cluster) > 1.5 * stated.unit
+
+
+def test_prompts_alone_need_the_staleness_of_engines_that_queue_by_themselves() -> None:
+    """Between reports every replica admits the same tenant's prompts: decode tokens do not bound what is not known."""
+    short = {"num_prompt": 256, "num_output": 4}
+    requests = load("f", 50.0, **short) + load("g", 25.0, **short)
+    cluster = run("prompts alone, sync 10 s", requests, num_replicas=4, place=pinned, sync_s=10.0)
+    conserved(cluster)
+    bound = cluster.bound(4)
+    central = bound.memory_service + bound.decode_stale_service
+    assert strayed(cluster) > central
+
+
+def test_a_tenant_with_short_prompts_does_not_pass_every_head_of_one_with_long_prompts() -> None:
+    requests = load("f", 5.0, num_prompt=1, num_output=100) + load(
+        "g", 0.5, num_prompt=4800, num_output=16, begin_s=0.5
+    )
+    limited = run("heads that do not fit", requests, max_prompt=4800)
+    free = run("the same, who is ahead may pass", requests, max_prompt=4800, bypass_service=1e6)
+    conserved(limited)
+    assert 3.0 * strayed(limited) < strayed(free)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +307,21 @@ def test_replicas_come_and_go() -> None:
     cluster = run("2 -> 4 -> 2", FLOOD, num_replicas=2, num_bound_replicas=4, events={13.0: grow, 27.0: shrink})
     hold(cluster)
     assert cluster.ratio("f", "g") == pytest.approx(1.0, abs=0.02)
+
+
+def test_who_used_little_while_nobody_waited_takes_nothing_from_others_when_both_flood() -> None:
+    """Whichever of the two is reported first."""
+    for heavy, light in (("f", "g"), ("g", "f")):
+        quiet = load(heavy, 1.0, 30.0) + load(light, 0.2, 30.0)
+        flood = load("f", 6.0, begin_s=30.0) + load("g", 6.0, begin_s=30.0)
+        cluster = run(f"quiet, then both flood, {heavy} heavy", quiet + flood, num_replicas=2)
+        conserved(cluster)
+        assert strayed(cluster) < 0.2 * cluster.checker.bound.unit
+
+
+def test_a_light_tenant_that_floods_at_last_has_saved_nothing_up() -> None:
+    requests = load("f", 6.0) + load("g", 0.3, 30.0) + load("g", 6.0, begin_s=30.0)
+    conserved(run("light, then floods", requests, num_replicas=2))
 
 
 def test_splitting_into_twenty_users_gains_nothing() -> None:

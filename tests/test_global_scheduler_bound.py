@@ -4,6 +4,8 @@ Method: examples by hand; every level of shares against linear programming on ra
 on random histories.
 """
 
+import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -15,12 +17,15 @@ from global_scheduler.bound import FairnessBound, ReplicaLimits, VictimRule, fai
 from global_scheduler.fairness_checker import FairnessChecker
 from global_scheduler.max_min import max_min_levels
 
-REPLICA = ReplicaLimits(num_pool_tokens=10_000, max_num_seqs=64, max_tokens=1024, max_service_per_s=2000.0)
+REPLICA = ReplicaLimits(
+    num_pool_tokens=10_000, max_num_seqs=64, max_tokens=1024, max_service_per_s=2000.0, max_decode_tokens_per_s=500.0
+)
 
 
 def test_the_bound_is_the_formula_of_the_reference() -> None:
-    bound = fairness_bound([REPLICA] * 4, max_input_tokens=256, staleness_s=0.25)
+    bound = fairness_bound([REPLICA] * 4, max_input_tokens=256, interval_s=0.1, round_trip_s=0.05)
     assert bound.unit == max(256.0, 2.0 * 40_000) + 0.25 * 8000.0
+    assert bound.decode_stale_service == pytest.approx(2.0 * 2000.0 * 0.15), "as section 7 of the reference has it"
     assert bound.pair(1.0, 1.0) == 2.0 * 82_000.0
     assert bound.pair(1.0, 4.0) == 1.25 * 82_000.0
     for term in (
@@ -29,6 +34,7 @@ def test_the_bound_is_the_formula_of_the_reference() -> None:
         "M = 40000 tokens",
         "most-served tenant",
         "stale 2000",
+        "decode alone 600",
         "= 82000",
         "164000",
     ):
@@ -36,19 +42,60 @@ def test_the_bound_is_the_formula_of_the_reference() -> None:
 
 
 def test_with_vllms_own_victims_memory_does_not_bound_a_leader() -> None:
-    bound = fairness_bound([REPLICA], max_input_tokens=256, staleness_s=0.0, victims=VictimRule.LAST_COME)
+    bound = fairness_bound(
+        [REPLICA], max_input_tokens=256, interval_s=0.0, round_trip_s=0.0, victims=VictimRule.LAST_COME
+    )
     assert bound.unit == 2.0 * 64 * 1024
 
 
 def test_a_prompt_longer_than_memory_is_worth_decides() -> None:
-    assert fairness_bound([REPLICA], max_input_tokens=100_000, staleness_s=0.0).unit == 100_000.0
+    assert fairness_bound([REPLICA], max_input_tokens=100_000, interval_s=0.0, round_trip_s=0.0).unit == 100_000.0
 
 
 def test_terms_without_meaning_are_refused() -> None:
     with pytest.raises(ValueError, match="output_weight must be at least input_weight"):
-        fairness_bound([REPLICA], max_input_tokens=1, staleness_s=0.0, input_weight=3.0)
-    with pytest.raises(ValueError, match="staleness_s"):
-        fairness_bound([REPLICA], max_input_tokens=1, staleness_s=-1.0)
+        fairness_bound([REPLICA], max_input_tokens=1, interval_s=0.0, round_trip_s=0.0, input_weight=3.0)
+    with pytest.raises(ValueError, match=r"interval_s is -1\.0"):
+        fairness_bound([REPLICA], max_input_tokens=1, interval_s=-1.0, round_trip_s=0.0)
+    with pytest.raises(ValueError, match="round_trip_s is nan"):
+        fairness_bound([REPLICA], max_input_tokens=1, interval_s=0.0, round_trip_s=float("nan"))
+
+
+def generated(prompts: list[int], num_pool_tokens: int, max_tokens: int, chance: random.Random) -> int:
+    """Tokens that requests generate in a pool of their own until none is left: they grow alike, a full pool takes one."""
+    outputs = [[prompt, 0] for prompt in prompts]
+    num = 0
+    while outputs:
+        free = num_pool_tokens - sum(map(sum, outputs))
+        if free <= 0 and len(outputs) == 1:
+            return num
+        if free <= 0:
+            outputs.remove(chance.choice(outputs))
+            continue
+        for each in outputs[:free]:
+            each[1] += 1
+            num += 1
+        outputs = [each for each in outputs if each[1] < max_tokens]
+    return num
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.integers(60, 300), st.integers(0, 99))
+@settings(deadline=None, max_examples=300)
+def test_a_leaders_requests_generate_no_more_than_the_refills_allow(
+    prompts: list[int], num_pool_tokens: int, seed: int
+) -> None:
+    limits = replace(REPLICA, num_pool_tokens=num_pool_tokens, max_num_seqs=len(prompts), max_tokens=100)
+    while sum(prompts) > num_pool_tokens:
+        prompts = prompts[1:]
+    num = generated(prompts, num_pool_tokens, 100, random.Random(seed))
+    assert num <= limits.num_refilled_tokens(60) + 2 * limits.max_num_seqs, "whole tokens make it a little more"
+
+
+def test_requests_without_prompts_do_generate_that_much() -> None:
+    limits = replace(REPLICA, num_pool_tokens=20_000, max_num_seqs=8, max_tokens=20_000)
+    num = generated([0] * 8, 20_000, 20_000, random.Random(1))
+    assert num == pytest.approx(limits.num_refilled_tokens(0), rel=0.01)
+    assert num > 2.7 * 20_000, "M alone is no bound"
 
 
 def shares(reach: dict[str, str], weights: dict[str, float] | None = None, **rates: float) -> dict[str, float]:
@@ -156,7 +203,13 @@ class AllPairs:
 
 
 UNIT = FairnessBound(
-    prompt_service=0.0, memory_service=100.0, num_memory_tokens=50, stale_service=0.0, victims=VictimRule.MOST_SERVED
+    prompt_service=0.0,
+    memory_service=100.0,
+    num_memory_tokens=50,
+    refill_service=0.0,
+    stale_service=0.0,
+    decode_stale_service=0.0,
+    victims=VictimRule.MOST_SERVED,
 )
 EVENTS = st.lists(
     st.tuples(st.sampled_from("fghi"), st.one_of(st.booleans(), st.integers(1, 60))), max_size=80
@@ -196,6 +249,34 @@ def test_alternating_tenants_stray_by_one_service_and_a_favoured_one_without_end
     assert not fair.broken
     assert unfair.gap().gap == 1000.0
     assert unfair.broken
+
+
+def test_an_event_looks_at_few_tenants_even_when_the_one_ahead_ceases_to_wait() -> None:
+    checker, chance, num_looks = FairnessChecker(UNIT), random.Random(5), 0
+    for number in range(2000):
+        checker.set_waiting(f"t{number}", True)
+    for number in range(2000):
+        checker.serve(f"t{number}", chance.uniform(1.0, 1000.0))
+    group = checker._groups[""]
+    key = group.strays._key
+
+    def counted(name: str) -> float:
+        nonlocal num_looks
+        num_looks += 1
+        return key(name)
+
+    group.strays._key = counted
+    for _ in range(500):
+        ahead = group.leaders()[0]
+        checker.set_waiting(ahead, False)
+        checker.set_waiting(ahead, True)
+        checker.serve(ahead, 5.0)
+    assert num_looks < 2000 + 500 * 20, "each entry is corrected once; then an event looks at a few"
+
+
+def test_a_weight_out_of_range_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"weight is 0\.0"):
+        FairnessChecker(UNIT).set_weight("f", 0.0)
 
 
 def test_tenants_of_different_groups_are_not_compared() -> None:

@@ -104,6 +104,40 @@ def test_service_of_a_tenant_never_seen_waiting_is_charged_from_the_least_counte
     assert level.counter("g") == 750.0
 
 
+def test_counters_stay_together_while_nobody_waits_so_that_unused_time_is_not_saved_up() -> None:
+    level = Level()
+    for name in "fg":
+        runs(level, name)
+    for _ in range(100):
+        level.charge("f", 90.0, admitted=True)
+        level.charge("g", 10.0, admitted=True)
+    assert level.counter("f") - level.counter("g") <= 90.0
+    assert level.virtual_time == level.counter("g"), "the last who was admitted"
+    waits(level, "g")
+    waits(level, "f")
+    assert abs(level.counter("f") - level.counter("g")) <= 90.0
+
+
+def test_who_runs_and_is_admitted_at_once_is_lifted_to_those_who_wait_and_decoding_alone_lifts_nobody() -> None:
+    level = Level()
+    runs(level, "g")
+    waits(level, "f")
+    level.charge("f", 1000.0)
+    level.charge("g", 10.0)
+    assert level.counter("g") == 10.0
+    level.charge("g", 10.0, admitted=True)
+    assert level.counter("g") == 1010.0
+
+
+def test_who_waits_and_is_admitted_keeps_its_claim() -> None:
+    level = Level()
+    waits(level, "f")
+    waits(level, "g")
+    level.charge("f", 1000.0, admitted=True)
+    level.charge("g", 10.0, admitted=True)
+    assert level.counter("g") == 10.0
+
+
 def test_who_left_without_debt_is_forgotten_and_who_has_debt_is_kept_until_the_others_caught_up() -> None:
     level = Level()
     for name in "fgh":
@@ -241,10 +275,10 @@ class CountersMachine(RuleBasedStateMachine):
         after = self.counters.tenants.counter(account.tenant)
         assert after >= before or account.tenant not in self.counters.tenants
 
-    @rule(account=accounts, service=st.floats(0, 100))
-    def charge(self, account: Account, service: float) -> None:
+    @rule(account=accounts, service=st.floats(0, 100), admitted=st.booleans())
+    def charge(self, account: Account, service: float, admitted: bool) -> None:
         before = self.counters.tenants.counter(account.tenant)
-        self.counters.charge(account, service)
+        self.counters.charge(account, service, admitted=admitted)
         if account.tenant in self.counters.tenants:
             assert self.counters.tenants.counter(account.tenant) >= before + service - 1e-9
 

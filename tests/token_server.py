@@ -8,7 +8,7 @@ service that it gives is told to a `FairnessChecker`, whatever policy admits.
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from cost_service.charges import Served, ServiceUnit
@@ -20,6 +20,7 @@ from global_scheduler.fairness_checker import FairnessChecker
 from replicas.bypass import Bypass, Need, Room
 from replicas.fair_queue import Admission, FairQueue, Waiting
 from replicas.tenant_service import TenantService
+from tests.token_requests import Request
 
 STEP_S = 0.05
 BATCH_TOKENS = 256
@@ -35,26 +36,6 @@ class Scheduling(Enum):
     GLOBAL = "counters of the cluster"
 
 
-@dataclass(slots=True)
-class Request:
-    name: str
-    tenant: str
-    user: str
-    arrival_s: float
-    num_prompt: int
-    num_output: int
-    replica: int = 0
-    num_generated: int = 0
-    num_computed: int = 0
-    charged: bool = False
-    finish_s: float = 0.0
-
-    @property
-    def num_wanted(self) -> int:
-        """Tokens to compute before the next output token."""
-        return self.num_prompt + self.num_generated
-
-
 class Engine:
     """One replica."""
 
@@ -63,7 +44,7 @@ class Engine:
         self.service = TenantService()
         admission = Admission.FIRST_COME if cluster.scheduling is Scheduling.FIRST_COME else Admission.FAIR
         self.queue = FairQueue(self.service, admission)
-        self.bypass = Bypass(cluster.bypass_tokens)
+        self.bypass = Bypass(cluster.bypass_tokens, cluster.bypass_service)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.sequence = self.version = 0
@@ -78,7 +59,7 @@ class Engine:
             Waiting(
                 request_id=request.name, account=self.service.account(request.tenant, request.user),
                 arrival_s=request.arrival_s, service_s=STEP_S * (1 + request.num_output),
-                held=0.0 if request.charged else float(request.num_prompt),
+                held=self.predicted(request) + (0.0 if request.charged else float(request.num_prompt)),
             ),
             front=front,
         )  # fmt: skip
@@ -104,9 +85,16 @@ class Engine:
         self.deliver([each for each in self.running if each.num_computed == each.num_wanted], now_s)
         assert self.num_used == sum(each.num_computed for each in self.running) <= self.cluster.num_pool_tokens
 
+    def predicted(self, request: Request) -> float:
+        """Service of the output that is still to come, if outputs are predicted."""
+        return 2.0 * (request.num_output - request.num_generated) if self.cluster.predicts else 0.0
+
     def need(self, waiting: Waiting) -> Need:
         request = self.requests[waiting.request_id]
-        return Need(request_id=request.name, num_blocks=request.num_wanted, num_tokens=1)
+        return Need(
+            request_id=request.name, num_blocks=request.num_wanted, num_tokens=request.num_wanted,
+            key=self.service.tenant_key(request.tenant), weight=self.cluster.weights.get(request.tenant, 1.0),
+        )  # fmt: skip
 
     def admit(self, batch: int) -> None:
         room = Room(
@@ -120,6 +108,7 @@ class Engine:
                 break
             self.queue.let_ahead(plan.first[:1])
             waiting = self.queue.pop()
+            self.bypass.admitted(plan, {waiting.request_id})
             assert waiting.request_id == plan.first[0]
             request = self.requests[waiting.request_id]
             self.cluster.note_waiting(request.tenant, -1)
@@ -127,7 +116,7 @@ class Engine:
             if not request.charged:
                 request.charged = True
                 self.charge(request, Served(num_input_tokens=request.num_prompt))
-            self.service.reserve(request.name, 0.0)
+            self.service.reserve(request.name, self.predicted(request))
             request.num_computed = chunk
             self.num_used += chunk
             self.running.append(request)
@@ -166,8 +155,12 @@ class Engine:
         """One output token for each, charged by account."""
         by_account = Counter((each.tenant, each.user) for each in requests)
         for (tenant, user), num in by_account.items():
-            self.service.charge("", self.service.account(tenant, user), Served(num_output_tokens=num))
+            if not self.cluster.predicts:
+                self.service.charge("", self.service.account(tenant, user), Served(num_output_tokens=num))
             self.cluster.serve(tenant, Served(num_output_tokens=num))
+        for request in requests if self.cluster.predicts else ():  # what is held is used up request by request
+            account = self.service.account(request.tenant, request.user)
+            self.service.charge(request.name, account, Served(num_output_tokens=1))
         for request in requests:
             request.num_generated += 1
             if request.num_generated == request.num_output:
@@ -180,7 +173,7 @@ class Engine:
 
     def report(self, *, everything: bool) -> Report:
         self.sequence += 1
-        accounts = self.service.take_report(everything=everything)
+        accounts = self.service.take_report(self.sequence, everything=everything)
         return Report(replica=self.name, epoch=self.epoch, sequence=self.sequence, accounts=accounts)
 
     def learn(self, answer: Answer, life: int) -> None:
@@ -201,8 +194,21 @@ class Cluster:
     num_pool_tokens: int = 5_000
     sync_s: float = 0.1
     weights: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    """Whom a tenant is compared with, if not with all."""
+
     place: Callable[["Cluster", Request], int] | None = None
     bypass_tokens: int = 1024
+    bypass_service: float = 1024.0
+    predicts: bool = False
+    """Whether the output is charged in advance, at its true length."""
+
+    loses: float = 0.0
+    """Share of reports, and of answers, that are lost."""
+
+    worst_case: bool = False
+    """Whether the checker holds tenants to the worst case, refills included."""
+
     victims_most_served: bool = True
     max_prompt: int = 256
     now_s: float = 0.0
@@ -217,26 +223,37 @@ class Cluster:
         self.raw: dict[str, Served] = {}
         self.num_preemptions = self.life = self.lives = 0
         self.num_waiting: dict[str, int] = {}
-        self.checker = FairnessChecker(self.bound(self.num_bound_replicas or self.num_replicas))
-        for tenant, weight in self.weights.items():
-            self.checker.set_weight(tenant, weight)
+        self.chance = random.Random(11)
+        self.checker = self.new_checker()
         self.engines: dict[int, Engine] = {}
         self.share = self.new_share()
         self.stored: dict[str, object] | None = None
         self.next_store_s = 0.0
-        self.in_flight: deque[tuple[float, Engine, Answer, int]] = deque()
+        self.in_flight: deque[tuple[float, Engine, int, Answer, int]] = deque()
         self.next_sync_s: dict[int, float] = {}
         for number in range(self.num_replicas):
             self.start(number)
 
+    def new_checker(self) -> FairnessChecker:
+        bound = self.bound(self.num_bound_replicas or self.num_replicas)
+        if self.worst_case:
+            bound = replace(bound, memory_service=bound.memory_service + bound.refill_service, refill_service=0.0)
+        checker = FairnessChecker(bound)
+        for tenant, weight in self.weights.items():
+            checker.set_weight(tenant, weight)
+        for tenant, group in self.groups.items():
+            checker.set_group(tenant, group)
+        return checker
+
     def bound(self, num_replicas: int) -> FairnessBound:
         limits = ReplicaLimits(
             num_pool_tokens=self.num_pool_tokens, max_num_seqs=MAX_SEQS, max_tokens=1024,
-            max_service_per_s=(BATCH_TOKENS + 2 * MAX_SEQS) / STEP_S,
+            max_service_per_s=(BATCH_TOKENS + 2 * MAX_SEQS) / STEP_S, max_decode_tokens_per_s=MAX_SEQS / STEP_S,
         )  # fmt: skip
         return fairness_bound(
-            [limits] * num_replicas, max_input_tokens=self.max_prompt, staleness_s=2 * self.sync_s + 2 * STEP_S
-        )
+            [limits] * num_replicas, max_input_tokens=self.max_prompt, interval_s=self.sync_s, round_trip_s=2 * STEP_S,
+            num_granted_tokens=self.bypass_service / 2.0,
+        )  # fmt: skip
 
     def new_share(self) -> FairShare:
         share = FairShare(FairCounters(credit=self.bound(self.num_replicas).unit))
@@ -326,7 +343,8 @@ class Cluster:
     def synchronise(self) -> None:
         """Reports at each replica's interval; answers come a step later."""
         while self.in_flight and self.in_flight[0][0] <= self.now_s:
-            _, engine, answer, life = self.in_flight.popleft()
+            _, engine, sequence, answer, life = self.in_flight.popleft()
+            engine.service.answered(sequence)
             engine.learn(answer, life)
         for number, engine in self.engines.items():
             if self.now_s < self.next_sync_s[number]:
@@ -336,12 +354,24 @@ class Cluster:
                 continue
             first = engine.heard_of != self.life or engine.version == 0
             known = engine.service.known() if engine.heard_of != self.life else None
-            self.share.take(engine.report(everything=first), known=known)
+            report = engine.report(everything=first)
+            if self.loses and self.chance.random() < self.loses:
+                continue
+            self.share.take(report, known=known)
+            if self.loses and self.chance.random() < self.loses:
+                continue
             answer = self.share.answer(engine.name, engine.epoch, since=0 if first else engine.version)
-            self.in_flight.append((self.now_s + STEP_S, engine, answer, self.life))
+            self.in_flight.append((self.now_s + STEP_S, engine, report.sequence, answer, self.life))
         if self.store_s is not None and self.now_s >= self.next_store_s and not self.scheduler_down:
             self.next_store_s = self.now_s + self.store_s
             self.stored = self.share.state()
+
+    def watch_from_here(self) -> None:
+        """Let shares and the checker's gaps begin."""
+        self.count_from_here()
+        self.checker = self.new_checker()
+        for tenant, num in self.num_waiting.items():
+            self.checker.set_waiting(tenant, num > 0)
 
     def count_from_here(self) -> None:
         """Let shares begin."""
@@ -354,22 +384,3 @@ class Cluster:
 
     def ratio(self, f: str, g: str) -> float:
         return self.shares()[f] / self.shares()[g]
-
-
-def arrivals(
-    tenant: str, per_s: float, until_s: float, *, num_prompt: int = 128, num_output: int = 128,
-    on_off_s: float | None = None, seed: int | None = None, begin_s: float = 0.0, num_users: int = 1,
-) -> list[Request]:  # fmt: skip
-    """Requests of a tenant: evenly spaced, or Poisson if seeded; on and off in turns if told."""
-    chance = random.Random(seed)
-    requests: list[Request] = []
-    at_s, number = begin_s, 0
-    while True:
-        at_s += chance.expovariate(per_s) if seed is not None else 1.0 / per_s
-        if at_s >= until_s:
-            return requests
-        if on_off_s is None or int(at_s / on_off_s) % 2 == 0:
-            number += 1
-            requests.append(
-                Request(f"{tenant}-{begin_s}-{number}", tenant, f"u{number % num_users}", at_s, num_prompt, num_output)
-            )
