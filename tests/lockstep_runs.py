@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_preemption import SimulatedPreemption
-from cluster.simulated_request import SimulatedRequest, prefix_keys
+from cluster.simulated_request import SimulatedRequest, prefix_parts
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_time import LinearTimes, StepTimes
 from cost_service.traces import HASH_TOKENS, TraceRequest
@@ -163,10 +163,10 @@ def of_simulation(
                 arrival_s=0.0, tenant="", prompt_tokens=len(one.prompt), output_tokens=one.output_tokens,
                 prefix_hashes=one.prefix_hashes,
             )  # fmt: skip
-            keys = prefix_keys(asked, block_size=BLOCK_SIZE)
+            prefix = prefix_parts(asked, block_size=BLOCK_SIZE)
             request = SimulatedRequest(
                 one.name, tenant="", arrival_s=float(one.name), prompt_tokens=len(one.prompt),
-                output_tokens=one.output_tokens, prefix_keys=keys,
+                output_tokens=one.output_tokens, prefix=prefix,
             )  # fmt: skip
             engine.add(request, now_s)
             leaving.setdefault(one.leaves, []).append(request)
