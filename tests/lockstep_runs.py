@@ -82,6 +82,8 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = self.start_s = self.end_s = 0.0
         """Now, and of the step that the simulation has begun."""
+        self.executed_s = 0.0
+        """When the step began that the scheduler's runner executes."""
 
     def monotonic(self) -> float:
         return self.now_s
@@ -119,7 +121,8 @@ def of_vllm(scheduler: Any, case: Case, execute: Any = None, clock: Clock | None
         for name in [name for name in scheduler.requests if leaves[name] == step]:
             scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         if clock is not None:
-            clock.now_s, end_s = clock.start_s, clock.end_s
+            clock.now_s = clock.executed_s = clock.start_s
+            end_s = clock.end_s
         output = scheduler.schedule()
         tokens = output.num_scheduled_tokens
         yield list(tokens.items()), list(preempted)
