@@ -274,7 +274,7 @@ class Simulation:
         self.counts.crashes += 1
         replica.up = False
         self._router.down(replica.number)
-        replica.engine.running.settle()
+        replica.engine.settle(self.now_s)
         lost, replica.requests = list(replica.requests), {}
         for request in lost:
             if request in replica.engine.leaving:
@@ -314,7 +314,7 @@ class Simulation:
             return
         replica.engine.interrupt(self.now_s)
         self._follow(replica)
-        replica.engine.running.settle()
+        replica.engine.settle(self.now_s)
         for request in replica.engine.running:
             _credit(replica, request)
         replica.sequence += 1
