@@ -47,9 +47,9 @@ class DecodeBatch:
         self._sum_starts -= request.start
         self._num_at_phase[request.start % self._block_size] -= 1
 
-    def settle(self, request: SimulatedRequest) -> None:
-        """Write down how far a request of the batch is."""
-        request.num_computed = request.start + self.num_steps
+    def settle(self, request: SimulatedRequest, *, after: int = 0) -> None:
+        """Write down how far a request of the batch is, or will be `after` steps from now."""
+        request.num_computed = request.start + self.num_steps + after
         request.num_output = request.num_computed + 1 - request.prompt_tokens
         request.num_blocks = -(-request.num_computed // self._block_size)
         request.num_full_blocks = request.num_computed // self._block_size

@@ -58,7 +58,7 @@ class RoundRobin:
 
 
 class LeastLoaded:
-    """Where most KV blocks are free, those counted off that waiting requests will take."""
+    """Where most KV blocks were free when a request last came to run or ended, less those that waiting ones will take."""
 
     def __init__(self) -> None:
         self._engines: dict[int, SimulatedEngine] = {}
@@ -83,4 +83,4 @@ class LeastLoaded:
     def changed(self, replica: int) -> None:
         """See `Router`."""
         engine = self._engines[replica]
-        self._free[replica] = engine.blocks.num_free - engine.num_waiting_tokens / engine.settings.block_size
+        self._free[replica] = engine.known_free_blocks - engine.num_waiting_tokens / engine.settings.block_size

@@ -66,7 +66,8 @@ class SimulatedEngine:
         self.num_steps = self.num_scheduled_tokens = self.num_output_tokens = self.num_preemptions = 0
         self.num_waiting_tokens = 0
         """Of those in the waiting queue."""
-        self.least_free_blocks = self.blocks.num_free
+        self.least_free_blocks = self.known_free_blocks = self.blocks.num_free
+        """At any time, and when requests last came to run, ended or gave way: both the same with and without strides."""
         self._times, self._observe = times, observe
         self._stock_watermark = int(settings.watermark * settings.num_blocks)
         self._strides = settings.strides and observe is None
@@ -116,11 +117,13 @@ class SimulatedEngine:
                 over.append(request)
         self.leaving = []
         self._begin_step(now_s)
+        if over or self._preempted or (self._step is not None and self._step.prefills):
+            self.known_free_blocks = self.blocks.num_free
         return over
 
-    def end_s(self, step: Step, num_steps: int) -> float:
-        """When so many steps of a stride have ended."""
-        return step.end_s(self._times, num_steps)
+    def settle(self, now_s: float) -> None:
+        """Write down how far each running request is; a stride may be under way."""
+        self.running.settle(after=self._num_ended(self._step, now_s) if self._step is not None else 0)
 
     def interrupt(self, now_s: float) -> None:
         """Let the next step begin as soon as it can: a stride ends with the step under way."""
@@ -154,17 +157,19 @@ class SimulatedEngine:
         if self._strides and not step.prefills and not closed and self._is_quiet():
             free_steps = self.batch.num_steps_within(self.blocks.num_free, after=1)
             step.num_steps = min(self.batch.num_steps_to_end, 1 + free_steps)
-        self.next_s = self.end_s(step, step.num_steps)
+        self.next_s = step.end_s(self._times, step.num_steps)
         if step.num_steps > 1 and self.preemption is not None:
             self._cut(step, self.preemption.first_load_s)
 
     def _cut(self, step: Step, until_s: float) -> None:
         """Let a stride end with its first step that ends at a time or after it."""
         if self.next_s > until_s:
-            step.num_steps = 1 + bisect_left(
-                range(1, step.num_steps), until_s, key=lambda number: self.end_s(step, number)
-            )
-            self.next_s = self.end_s(step, step.num_steps)
+            step.num_steps = 1 + self._num_ended(step, until_s)
+            self.next_s = step.end_s(self._times, step.num_steps)
+
+    def _num_ended(self, step: Step, now_s: float) -> int:
+        """Steps of a stride that have ended before a time, not counting the last one."""
+        return bisect_left(range(1, step.num_steps), now_s, key=lambda number: step.end_s(self._times, number))
 
     def _is_quiet(self) -> bool:
         """Whether nobody will be admitted while those who run only decode: all who wait were tried in this step."""
@@ -309,7 +314,7 @@ class SimulatedEngine:
         if self.preemption is not None:
             self._take_loaded(self.preemption.end_copies(now_s))
             if step is not None:
-                self.preemption.learn(self, step, now_s)
+                self.preemption.learn(self, step, step.ends_s(self._times))
         return finished
 
     def _complete(self, step: Step, now_s: float) -> list[SimulatedRequest]:

@@ -4,6 +4,9 @@ Rule: policy, guard, meter, headroom, host pool and plans of copies are the prod
 requests and blocks, turned into what they are asked with.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from cluster.simulated_request import SimulatedRequest, Status
@@ -119,8 +122,12 @@ class SimulatedPreemption:
         if self.swaps is not None:
             self.swaps.forget(request.request_id)
 
-    def learn(self, engine: "SimulatedEngine", step: "Step", now_s: float) -> None:
-        """Let the preemptor know how long each step of a stride took, the last of which has just ended."""
+    def learn(self, engine: "SimulatedEngine", step: "Step", ends_s: Sequence[float]) -> None:
+        """Let the preemptor know how long each step of a stride took, the last of which has just ended.
+
+        Args:
+            ends_s: When each of them ended.
+        """
         num_running = step.num_decodes + len(step.prefills)
         tokens = engine.num_output_tokens - (step.num_steps - 1) * step.num_decodes
         prefills = [
@@ -128,21 +135,25 @@ class SimulatedPreemption:
             for request, cached, num in step.prefills
             if num > 1
         ]
-        num_decodes = num_running - len(prefills)
-        start_s = step.start_s
-        for number in range(1, step.num_steps + 1):
-            end_s = engine.end_s(step, number)
-            left = len(engine.running) if number == step.num_steps else num_running
+        num_decodes, last = num_running - len(prefills), step.num_steps - 1
+        number, start_s = 0, step.start_s
+        while number <= last:
+            if number:  # what was preempted or copied was so in the first step
+                quiet = min(bisect_left(ends_s, self._next_report_s), last)
+                seconds = [end_s - before_s for before_s, end_s in pairwise(ends_s[number - 1 : quiet])]
+                self.preemptor.quiet_steps(seconds, num_decodes=num_decodes, num_running=num_running)
+                number += len(seconds)
+                start_s = ends_s[number - 1]
+            end_s, left = ends_s[number], len(engine.running) if number == last else num_running
             self.preemptor.step_ended(
                 end_s, end_s - start_s, num_decodes=num_decodes, prefills=prefills, num_running=left
             )
-            if self.swaps is not None:
-                self.swaps.scheduling.step_s = end_s - start_s
-            start_s = end_s
-            if end_s >= self._next_report_s or (number == step.num_steps and not engine.num_requests):
+            if end_s >= self._next_report_s or (number == last and not engine.num_requests):
                 self._next_report_s = end_s + REPORT_INTERVAL_S
-                self._report(end_s, tokens, left)
-            tokens += step.num_decodes
+                self._report(end_s, tokens + number * step.num_decodes, left)
+            number += 1
+        if self.swaps is not None:
+            self.swaps.scheduling.step_s = end_s - start_s
 
     def _report(self, now_s: float, num_tokens: int, num_running: int) -> None:
         """Tell the guard what was delivered since the last report."""

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Any
 
 from cluster.records import RequestRecord
-from cluster.simulated_blocks import Holding
+from cluster.simulated_blocks import Holding, PrefixPart
 from cost_service.traces import TraceRequest
 
 
@@ -57,13 +57,13 @@ class SimulatedRequest:
         arrival_s: float,
         prompt_tokens: int,
         output_tokens: int,
-        prefix_keys: Sequence[int] = (),
+        prefix: Sequence[PrefixPart] = (),
         stamp: Mapping[str, Any] | None = None,
     ) -> None:
         """A request that has just arrived.
 
         Args:
-            prefix_keys: Of the prompt's full blocks, as far as others may share them (`prefix_keys`).
+            prefix: Of the prompt's full blocks, as far as others may share them (`prefix_parts`).
             stamp: What an ingress would have stamped into it (`replicas.request_stamp`): a predicted length.
         """
         self.request_id, self.tenant, self.arrival_s = request_id, tenant, arrival_s
@@ -72,16 +72,16 @@ class SimulatedRequest:
         self.num_preemptions = self.swaps = self.recomputes = 0
         self.home: int | None = None
         """Number of its replica."""
-        self._begin(prefix_keys)
+        self._begin(prefix)
 
     def restart(self) -> None:
         """Its replica is gone, with all that it had computed: nothing has been delivered."""
-        self._begin(self.holding.keys)
+        self._begin(self.holding.parts)
 
-    def _begin(self, prefix_keys: Sequence[int]) -> None:
+    def _begin(self, prefix: Sequence[PrefixPart]) -> None:
         self.status = Status.WAITING
         self.num_computed = self.num_output = self.num_reported = 0
-        self.holding = Holding(prefix_keys)
+        self.holding = Holding(prefix)
         self.num_blocks = self.num_full_blocks = 0
         """KV blocks that it holds, and those of them whose tokens are cached once the step under way is done."""
         self.place = -1
@@ -106,11 +106,16 @@ class SimulatedRequest:
         )  # fmt: skip
 
 
-def prefix_keys(one: TraceRequest, *, block_size: int) -> tuple[int, ...]:
-    """Keys of a prompt's full KV blocks: equal where the trace says that all tokens up to the block's end are.
+def prefix_parts(one: TraceRequest, *, block_size: int) -> tuple[PrefixPart, ...]:
+    """A prompt's full KV blocks as far as the trace has hashes: keys are equal where all tokens up to a block's end are.
 
     A hash is chained, so that the one which a block ends in, and the block's place, tell all the tokens before.
     """
-    hashes, hash_tokens = one.prefix_hashes, one.hash_tokens
-    num_blocks = min(one.prompt_tokens, len(hashes) * hash_tokens) // block_size
-    return tuple(hashes[((block + 1) * block_size - 1) // hash_tokens] << 24 | block for block in range(num_blocks))
+    num_blocks = min(one.prompt_tokens, len(one.prefix_hashes) * one.hash_tokens) // block_size
+    parts, first = [], 0
+    for number, hash_ in enumerate(one.prefix_hashes, start=1):
+        end = min(num_blocks, number * one.hash_tokens // block_size)
+        if end > first:
+            parts.append(PrefixPart(hash_ << 24 | first, end - first))
+            first = end
+    return tuple(parts)

@@ -91,11 +91,11 @@ class RunningRequests:
         self.blocks.free(request.holding, request.num_blocks, request.num_full_blocks)
         request.num_computed = request.num_blocks = request.num_full_blocks = 0
 
-    def settle(self) -> None:
-        """Write down how far each request is; for decisions, reports and checks."""
+    def settle(self, *, after: int = 0) -> None:
+        """Write down how far each request is, or will be `after` decodes from now; for decisions, reports and checks."""
         for request in self._requests:
             if request.end >= 0:
-                self.batch.settle(request)
+                self.batch.settle(request, after=after)
 
     def check(self, step: Step | None, holders: Iterable[SimulatedRequest]) -> None:
         """Assert that every request and block is in one place.

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from cluster.records import RequestRecord
 from cluster.routing import Router
 from cluster.simulated_engine import SimulatedEngine
-from cluster.simulated_request import SimulatedRequest, Status, prefix_keys
+from cluster.simulated_request import SimulatedRequest, Status, prefix_parts
 from cost_service.traces import TraceRequest
 
 
@@ -201,10 +201,10 @@ class Simulation:
 
     def _arrive(self, one: TraceRequest) -> None:
         block_size = self.replicas[0].engine.settings.block_size
-        keys = prefix_keys(one, block_size=block_size)
+        prefix = prefix_parts(one, block_size=block_size)
         request = SimulatedRequest(
             str(self.counts.arrived), tenant=one.tenant, arrival_s=one.arrival_s, prompt_tokens=one.prompt_tokens,
-            output_tokens=one.output_tokens, prefix_keys=keys,
+            output_tokens=one.output_tokens, prefix=prefix,
         )  # fmt: skip
         self.counts.arrived += 1
         if self.disturbances.leave_share and self._chance.random() < self.disturbances.leave_share:
@@ -274,7 +274,7 @@ class Simulation:
         self.counts.crashes += 1
         replica.up = False
         self._router.down(replica.number)
-        replica.engine.running.settle()
+        replica.engine.settle(self.now_s)
         lost, replica.requests = list(replica.requests), {}
         for request in lost:
             if request in replica.engine.leaving:
@@ -314,7 +314,7 @@ class Simulation:
             return
         replica.engine.interrupt(self.now_s)
         self._follow(replica)
-        replica.engine.running.settle()
+        replica.engine.settle(self.now_s)
         for request in replica.engine.running:
             _credit(replica, request)
         replica.sequence += 1

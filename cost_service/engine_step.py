@@ -204,9 +204,9 @@ class EngineStep:
             return 0.0
         dense_s, factor = self._dense_s(num_decodes, num_decodes)
         context = decode_tokens / num_decodes
-        kv_bytes = num_decodes * sum(
-            layers_bytes * _capped_sum(context, num_steps, window) for window, layers_bytes in self._kv_layers
-        )
+        kv_bytes = 0.0
+        for window, layers_bytes in self._kv_layers:
+            kv_bytes += num_decodes * layers_bytes * _capped_sum(context, num_steps, window)
         return factor * (num_steps * dense_s + kv_bytes / self.rates.kv_bytes_per_s)
 
     def _dense_seconds(self, tokens: int, sequences: int) -> tuple[float, float]:

@@ -42,6 +42,13 @@ class Headroom:
         share = min(preemptions_s / step_s, LARGEST_STEP_SHARE)
         self._blocks = min(max(0.0, self._blocks + GAIN_BLOCKS * (share - TARGET_SHARE)), float(num_running))
 
+    def quiet_steps(self, num_steps: int, *, num_running: int) -> None:
+        """Take steps without preemptions into account, as many calls of `step` would."""
+        for _ in range(num_steps):
+            if not self._blocks:
+                return
+            self._blocks = min(max(0.0, self._blocks - GAIN_BLOCKS * TARGET_SHARE), float(num_running))
+
     def reset(self) -> None:
         """Admit as vLLM does."""
         self._blocks = 0.0

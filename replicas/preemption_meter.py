@@ -188,6 +188,12 @@ class PreemptionMeter:
         )
         return extra_s
 
+    def quiet_steps(self, seconds: Sequence[float], *, num_decodes: int) -> None:
+        """Steps of decodes alone have ended, in which nothing was copied: as many calls of `step` would."""
+        assert self.step_copies_s == 0.0, "copies in a quiet step"
+        if num_decodes:
+            self._decodes.add_all(num_decodes, seconds)
+
     def forget(self, request_id: str) -> None:
         """The request has finished or was aborted, or what it costs cannot be told."""
         self._open.pop(request_id, None)
@@ -248,11 +254,17 @@ class _Line:
         return self._weight >= 4.0
 
     def add(self, x: float, y: float) -> None:
-        self._weight = DECAY * self._weight + 1.0
-        self._x = DECAY * self._x + x
-        self._y = DECAY * self._y + y
-        self._xx = DECAY * self._xx + x * x
-        self._xy = DECAY * self._xy + x * y
+        self.add_all(x, (y,))
+
+    def add_all(self, x: float, ys: Sequence[float]) -> None:
+        weight, sum_x, sum_y, sum_xx, sum_xy = self._weight, self._x, self._y, self._xx, self._xy
+        for y in ys:
+            weight = DECAY * weight + 1.0
+            sum_x = DECAY * sum_x + x
+            sum_y = DECAY * sum_y + y
+            sum_xx = DECAY * sum_xx + x * x
+            sum_xy = DECAY * sum_xy + x * y
+        self._weight, self._x, self._y, self._xx, self._xy = weight, sum_x, sum_y, sum_xx, sum_xy
 
     def at(self, x: float) -> float:
         mean_x, mean_y = self._x / self._weight, self._y / self._weight

@@ -203,6 +203,20 @@ class Preemptor:
                     harmless_s=HARMLESS_SHARE * one.alternative_s,
                 )  # fmt: skip
 
+    def quiet_steps(self, seconds: Sequence[float], *, num_decodes: int, num_running: int) -> None:
+        """Steps of decodes alone have ended in which nothing was preempted or copied: as many `step_ended` would."""
+        assert not self._step_costs_s, "preemptions in a quiet step"
+        step_s = self.step_s
+        for one in seconds:
+            step_s += STEP_WEIGHT * (one - step_s) if step_s else one
+        self.step_s = step_s
+        self.meter.quiet_steps(seconds, num_decodes=num_decodes)
+        if not self._policy.ahead or self.guarded:
+            self.headroom.reset()
+        else:
+            self.headroom.quiet_steps(len(seconds), num_running=num_running)
+        self.num_guarded_steps += self.guarded * len(seconds)
+
     def report(self, now_s: float, *, num_tokens: int, num_preemptions: int, num_running: int) -> None:
         """Show the guard what was delivered since the last report."""
         if self.guard is not None and self._policy.ahead:

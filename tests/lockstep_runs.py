@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_preemption import SimulatedPreemption
-from cluster.simulated_request import SimulatedRequest, prefix_keys
+from cluster.simulated_request import SimulatedRequest, prefix_parts
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_time import LinearTimes, StepTimes
 from cost_service.traces import HASH_TOKENS, TraceRequest
@@ -82,6 +82,8 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = self.start_s = self.end_s = 0.0
         """Now, and of the step that the simulation has begun."""
+        self.executed_s = 0.0
+        """When the step began that the scheduler's runner executes."""
 
     def monotonic(self) -> float:
         return self.now_s
@@ -119,7 +121,8 @@ def of_vllm(scheduler: Any, case: Case, execute: Any = None, clock: Clock | None
         for name in [name for name in scheduler.requests if leaves[name] == step]:
             scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         if clock is not None:
-            clock.now_s, end_s = clock.start_s, clock.end_s
+            clock.now_s = clock.executed_s = clock.start_s
+            end_s = clock.end_s
         output = scheduler.schedule()
         tokens = output.num_scheduled_tokens
         yield list(tokens.items()), list(preempted)
@@ -163,10 +166,10 @@ def of_simulation(
                 arrival_s=0.0, tenant="", prompt_tokens=len(one.prompt), output_tokens=one.output_tokens,
                 prefix_hashes=one.prefix_hashes,
             )  # fmt: skip
-            keys = prefix_keys(asked, block_size=BLOCK_SIZE)
+            prefix = prefix_parts(asked, block_size=BLOCK_SIZE)
             request = SimulatedRequest(
                 one.name, tenant="", arrival_s=float(one.name), prompt_tokens=len(one.prompt),
-                output_tokens=one.output_tokens, prefix_keys=keys,
+                output_tokens=one.output_tokens, prefix=prefix,
             )  # fmt: skip
             engine.add(request, now_s)
             leaving.setdefault(one.leaves, []).append(request)

@@ -5,7 +5,7 @@ take what simulated ones take. So all that hangs on time is held too: prices, th
 throttled link.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from cost_service.snapshot import CostSnapshot
 from replicas.config import PreemptionPolicy, SwapConfig
 from replicas.guard import GuardSettings
 from replicas.preemptor import Preemptor
-from replicas.throttled_link import Direction
+from replicas.throttled_link import Direction, LinkSettings, ThrottledLink
 from tests.engine_runs import BLOCK_SIZE
 from tests.lockstep_runs import Case, Clock, of_simulation, of_vllm, settings_of
-from tests.scheduler_runs import StampingRunner, build_scheduler
+from tests.scheduler_runs import ArrayCopier, StampingRunner, build_scheduler
 
 pytestmark = pytest.mark.engine
 
@@ -42,6 +42,24 @@ TIMES = LinearTimes(
     token_s=1.2e-4,
     attention_s=1e-8,
 )
+
+
+class LinkedCopier(ArrayCopier):
+    """Loads that are done when a link beside the engine has carried them, after the copies out of their step."""
+
+    def __init__(self, copier: ArrayCopier, link: ThrottledLink, clock: Clock) -> None:
+        self._blocks, self._slots, self._link, self._clock = copier._blocks, copier._slots, link, clock
+
+    def copy_out(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        super().copy_out(blocks, slots)
+        if blocks:
+            self._link.submit(Direction.OUT, len(blocks) * BLOCK_BYTES, self._clock.executed_s)
+
+    def copy_in(self, slots: Sequence[int], blocks: Sequence[int], *, synchronous: bool) -> Callable[[], bool]:
+        assert not synchronous, "a load ahead of the step"
+        super().copy_in(slots, blocks, synchronous=synchronous)
+        done_s = self._link.submit(Direction.IN, len(blocks) * BLOCK_BYTES, self._clock.executed_s).done_s
+        return lambda: done_s <= self._clock.now_s
 
 
 def clocked(runner: StampingRunner, clock: Clock) -> Callable[[Any], Any]:
@@ -70,6 +88,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+BESIDE = LinkSettings(bytes_per_s=60 * BLOCK_BYTES, latency_s=0.004)
+
 LINK = {"throttled_link_bytes_per_s": 60 * BLOCK_BYTES, "throttled_link_latency_s": 0.004}
 
 
@@ -81,6 +101,9 @@ class Clocked:
     policy: str = "adaptive"
     host_blocks: int = 1000
     slow_link: bool = False
+    """Whether the engine throttles its copies by itself."""
+    beside: bool = False
+    """Whether copies go over a link beside the engine, as on a GPU."""
     slowness: float = 1.0
     """Of prefills, against what the costs say."""
 
@@ -103,6 +126,8 @@ CASES = {
         case=case(37, interval=1.5, num_blocks=40, output=(1, 60), settings=CACHING), slow_link=True
     ),
     "adaptive, guarded": Clocked(case=case(38, num_blocks=50, output=(50, 200)), slow_link=True, slowness=6.0),
+    "adaptive, beside the engine": Clocked(case=case(39, num_blocks=60), beside=True),
+    "swap, beside the engine": Clocked(case=case(40, settings=CACHING), policy="swap", beside=True),
     "swap, slow link": Clocked(case=case(34), policy="swap", slow_link=True),
     "swap, slow link, prefix cache": Clocked(case=case(35, settings=CACHING), policy="swap", slow_link=True),
 }
@@ -132,13 +157,21 @@ def test_with_one_clock_both_decide_and_learn_the_same(tiny_model: Path, clock: 
         **{"max_num_batched_tokens": 512, "max_model_len": 2048} | one.case.settings,
     )  # fmt: skip
     swaps = SimulatedSwaps(
-        SwapConfig.from_mapping(swap), COSTS, block_bytes=BLOCK_BYTES, num_pool_blocks=one.case.num_blocks
+        SwapConfig.from_mapping(swap),
+        COSTS,
+        block_bytes=BLOCK_BYTES,
+        num_pool_blocks=one.case.num_blocks,
+        host_link=ThrottledLink(BESIDE) if one.beside else None,
     )
+    runner = StampingRunner(scheduler)
+    if one.beside:  # the connector of a GPU's engine, under a scheduler that does not schedule ahead
+        scheduler._swap.scheduling._asynchronous = True
+        runner.worker._copier = LinkedCopier(runner.copier, ThrottledLink(BESIDE), clock)  # type: ignore[assignment]
     preemptor = Preemptor(PreemptionPolicy(one.policy), COSTS, meter=swaps.scheduling.meter, guard=GuardSettings())
     times = replace(TIMES, token_s=one.slowness * TIMES.token_s)
     preemption = SimulatedPreemption(preemptor, swaps)
     simulation = of_simulation(settings_of(scheduler), one.case, preemption, clock, times)
-    vllm = of_vllm(scheduler, one.case, clocked(StampingRunner(scheduler), clock), clock)
+    vllm = of_vllm(scheduler, one.case, clocked(runner, clock), clock)
     for step, (ours, theirs) in enumerate(zip(simulation, vllm, strict=True)):
         assert ours == theirs, f"step {step}"
         assert remembered(preemptor) == remembered(scheduler.preemptor), f"step {step}"

@@ -126,11 +126,31 @@ def test_strides_and_single_steps_give_the_same(policy: str, linked: bool, cachi
 class Reader:
     def __init__(self) -> None:
         self.newest: dict[tuple[int, int], Report] = {}
+        self.all: list[Report] = []
 
     def read(self, report: Report, now_s: float) -> None:
+        self.all.append(report)
         key = (report.replica, report.epoch)
         if key not in self.newest or self.newest[key].sequence < report.sequence:
             self.newest[key] = report
+
+
+@pytest.mark.parametrize("policy", ["stock", "swap", "adaptive"])
+def test_routers_readers_and_crashes_find_the_same_within_strides(policy: str) -> None:
+    disturbances = Disturbances(
+        seed=5, crash_interval_s=4.0, restart_s=0.5, resubmit=False, leave_share=0.3, patience_s=0.5
+    )
+    seen = []
+    for strides in (True, False):
+        reader = Reader()
+        records, simulation = run(
+            cluster_of(policy, linked=True, strides=strides), trace(400, 0.1), router=LeastLoaded(), reader=reader,
+            disturbances=disturbances, check=True,
+        )  # fmt: skip
+        told = [(one.request_id, one.delivered_tokens, one.swaps, one.recomputes) for one in records]
+        seen.append((told, reader.all, simulation.counts))
+    assert seen[0] == seen[1]
+    assert min(seen[0][2].lost, seen[0][2].crashes, seen[0][2].left) > 3
 
 
 REQUESTS = st.lists(

@@ -176,3 +176,25 @@ def test_other_prices_do_not_end_what_a_loss_of_throughput_has_brought_about() -
     assert preemptor.guarded
     preemptor.costs = replace(COSTS, token_s=COSTS.token_s / 10)
     assert preemptor.guarded
+
+
+@pytest.mark.parametrize("token_s", [1e-3, 1.0], ids=["right prices", "wrong prices"])
+def test_quiet_steps_at_once_teach_what_they_teach_one_by_one(token_s: float) -> None:
+    seconds = [DECODE_S * (1.0 + 0.01 * number) for number in range(30)]
+    remembered = []
+    for at_once in (True, False):
+        preemptor = Preemptor(PreemptionPolicy.ADAPTIVE, DEAR_SWAPS, guard=GuardSettings())
+        engine = Engine(preemptor, token_s=token_s, swap_s=0.0)
+        for _ in range(8):
+            engine.preempt()
+        assert preemptor.guarded == (token_s > 0.1)
+        if at_once:
+            preemptor.quiet_steps(seconds, num_decodes=3, num_running=4)
+        else:
+            for one in seconds:
+                preemptor.step_ended(engine.now_s, one, num_decodes=3, prefills=[], num_running=4)
+        blocks = preemptor.headroom.num_blocks
+        preemptor.meter.step_copies_s = 0.0
+        extra_s = preemptor.meter.step(0.5, num_decodes=2, prefills=[Prefill(request_id="new", first=0, num_tokens=10)])
+        remembered.append((preemptor.step_s, blocks, preemptor.num_guarded_steps, extra_s))
+    assert remembered[0] == remembered[1]
