@@ -11,8 +11,8 @@ Rules:
 - No clock, no randomness: times are handed in, in seconds, of a clock that should not go back and does no harm if it does.
 
 Who is refused takes the next turn in the tenant's own drain: turns are 1 / rate apart, so that those who were refused
-together do not come back together. The rate is of requests that ended per second in which the tenant had any in work, exponentially
-weighted, and begins as one in a second.
+together do not come back together. The rate is of requests that ended per second in which the tenant had any in work,
+exponentially weighted, and begins as one in a second.
 """
 
 import math
