@@ -51,11 +51,18 @@ class SqliteStore:
             self._make()
 
     def load(self, collection: str) -> Mapping[str, Any]:
-        """Return the documents of a collection by name, without damaged ones."""
-        with closing(self._connect()) as connection:
-            rows = connection.execute(
-                "SELECT name, json, sha256 FROM documents WHERE collection = ?", (collection,)
-            ).fetchall()
+        """Return the documents of a collection by name, without damaged ones.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        try:
+            with closing(self._connect()) as connection:
+                rows = connection.execute(
+                    "SELECT name, json, sha256 FROM documents WHERE collection = ?", (collection,)
+                ).fetchall()
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path} cannot be read: {error}") from None
         return {
             name: json.loads(text)
             for name, text, checksum in rows

@@ -21,6 +21,7 @@ import msgspec
 
 from cluster.keys import Keyring, hash_key, key_id, new_key
 from cluster.tenant_limits import TenantLimits
+from replicas.request_stamp import MAX_WEIGHT, MIN_WEIGHT
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ TENANTS, VERSION = "tenants", "tenants_version"
 RESERVED_NAMES = {"system"}
 """Accounts of the product's own."""
 
-MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e6
 MAX_KEYS = 1000
 """Of one tenant, revoked ones included."""
 

@@ -92,6 +92,16 @@ def test_a_damaged_document_is_none_to_who_changes_it(path: Path) -> None:
     assert store.update("costs", "a", lambda document: [document]) == [None]
 
 
+def test_a_store_that_has_gone_is_an_os_error(path: Path) -> None:
+    store = SqliteStore(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="cannot be read"):
+        store.load("costs")
+    with pytest.raises(OSError, match="cannot be written"):
+        store.save("costs", "a", 1)
+
+
 def test_what_a_killed_writer_had_saved_is_whole(path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from cluster.state import SqliteStore\n"

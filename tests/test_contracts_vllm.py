@@ -427,10 +427,11 @@ COMPLETION_PROTOCOL = "vllm.entrypoints.openai.completion.protocol"
     ],
 )
 def test_a_stamp_travels_from_the_api_to_the_engines_decision(path: str, prompt: dict[str, Any]) -> None:
-    stamp = make_stamp(tenant="a", median_tokens=100, upper_tokens=300)
+    stamp = make_stamp(tenant="a", user="u", weight=2.0, age_s=0.5, median_tokens=100, upper_tokens=300)
     body = load(path).model_validate({"model": "m", **prompt, "vllm_xargs": stamp})
     encoded = load("vllm.v1.serial_utils:MsgpackEncoder")().encode(body.to_sampling_params(1000, {}))
     params = load("vllm.v1.serial_utils:MsgpackDecoder")(load("vllm:SamplingParams")).decode(encoded)
+    assert params.extra_args == stamp, moved("`vllm_xargs` change on their way", "replicas/request_stamp.py")
     request = load("vllm.v1.request:Request")("0", [3] * 32, params, None)
     view, _, host = views(1, 32)
     candidate = view.candidate(request, host, survival=0.0)
