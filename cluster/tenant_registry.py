@@ -21,14 +21,11 @@ import msgspec
 
 from cluster.keys import Keyring, hash_key, key_id, new_key
 from cluster.tenant_limits import TenantLimits
-from replicas.request_stamp import MAX_WEIGHT, MIN_WEIGHT
+from cost_service.charges import SYSTEM, checked_weight
 
 logger = logging.getLogger(__name__)
 
 TENANTS, VERSION = "tenants", "tenants_version"
-RESERVED_NAMES = {"system"}
-"""Accounts of the product's own."""
-
 MAX_KEYS = 1000
 """Of one tenant, revoked ones included."""
 
@@ -75,8 +72,7 @@ class Tenant:
     keys: tuple[Key, ...] = ()
 
     def __post_init__(self) -> None:
-        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:  # false for not-a-number too
-            raise ValueError(f"weight must be a number from {MIN_WEIGHT} to {MAX_WEIGHT:.0f}.")
+        checked_weight(self.weight)
 
     @property
     def live_keys(self) -> tuple[Key, ...]:
@@ -147,10 +143,10 @@ class TenantRegistry:
         Raises:
             ValueError: The name or the weight is not allowed, or there is such a tenant.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name) or name in RESERVED_NAMES:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name) or name == SYSTEM:
             raise ValueError(
                 "The tenant's name must be 1 to 64 letters, digits, dots, dashes, underscores and at signs, "
-                f"begin with a letter or digit, and not be {' or '.join(RESERVED_NAMES)}."
+                f"begin with a letter or digit, and not be {SYSTEM}."
             )
         if name in self._bootstrap.values():
             raise _exists(name)
@@ -243,7 +239,7 @@ class TenantRegistry:
 def _tenant(name: str, document: Any) -> Tenant:
     try:
         return msgspec.convert({**document, "name": name}, Tenant)
-    except (TypeError, msgspec.ValidationError) as error:
+    except (TypeError, OverflowError, msgspec.ValidationError) as error:
         raise ValueError(f"The document of tenant {name} cannot be read ({error}): restore the store.") from None
 
 

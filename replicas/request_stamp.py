@@ -19,10 +19,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from cost_service.charges import MAX_WEIGHT, MIN_WEIGHT
+
 TENANT, USER, OUTPUT_TOKENS = "adaptivellm_tenant", "adaptivellm_user", "adaptivellm_output_tokens"
 WEIGHT, AGE_S = "adaptivellm_weight", "adaptivellm_age_s"
 MAX_OUTPUT_TOKENS = 1 << 31
-MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e6
 MAX_AGE_S = 86_400.0
 
 MORE_AT_MEDIAN = math.log(2) / math.log(5)
