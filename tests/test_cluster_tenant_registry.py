@@ -222,7 +222,8 @@ def test_every_change_is_a_new_version_and_a_refused_one_is_none(registry: Tenan
     "document",
     [
         None, [], 1, {"weight": "1"}, {"weight": 0}, {"weight": True}, {"weight": 10**400},
-        {"keys": [{"sha256": "x", "since": ""}]}, {"keys": [{"sha256": "0" * 64}]}, {"limits": {"max_queued_tokens": -1}}, {"limits": []},
+        {"keys": [{"sha256": "x", "since": ""}]},
+        {"keys": [{"sha256": "0" * 64}]}, {"limits": {"max_queued_tokens": -1}}, {"limits": []},
     ],
 )  # fmt: skip
 def test_a_document_that_says_nonsense_lets_nobody_in_and_harms_no_other(
