@@ -8,6 +8,7 @@ COMMANDS = {
     "serve": ("cluster.serve", "start Ray on this machine and serve the model until Ctrl-C"),
     "status": ("cluster.status", "show the replicas of a running application"),
     "costs": ("cluster.costs", "show what the cost service has learned, and what it predicts"),
+    "tenants": ("cluster.tenants", "add, list, weigh, limit and revoke tenants and their keys"),
     "policy": ("cluster.policy", "let running replicas follow another preemption policy"),
     "replay": ("cluster.replay", "let the policies decide again what a decision log holds"),
     "calibrate": ("cluster.calibrate", "measure what preemptions of a model cost on this machine"),

@@ -13,7 +13,8 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster import keys, models
 from cluster.config import SCHEDULERS, AppArgs
-from cluster.ingress import ENDPOINTS, AdaptiveIngress, make_app
+from cluster.http_app import make_app
+from cluster.ingress import ENDPOINTS, AdaptiveIngress
 from cluster.ray_internals import maybe_apply_llm_deployment_config_defaults, to_model_metadata
 from cluster.request_checks import RequestLimits
 from replicas.features import refused_feature
@@ -66,6 +67,7 @@ def build(args: dict[str, Any]) -> Application:
         llm_deployments={model_id: build_llm_deployment(llm_config)},
         model_cards={model_id: to_model_metadata(model_id, llm_config)},
         tenant_by_key_hash=keys.load_or_create(settings.state.path).to_mapping(),
+        num_ingresses=ingress.num_replicas,
         max_model_len=settings.replicas.max_model_len,
         limits=limits,
         state_file=str(settings.state.path / "state.sqlite"),

@@ -3,7 +3,8 @@
 Rules:
 - Everything that can be refused is refused here, before an engine sees it, in OpenAI's error shape and naming the field.
 - Of the client's request only checked body fields go further: no header, no id, nothing that reaches connector or scheduler.
-  What the scheduler is told of it is our own stamp (`replicas.request_stamp`).
+  What the scheduler is told of it is our own stamp (`replicas.request_stamp`); the salt of its prefix cache is ours too.
+- Who somebody is, the key alone says. `user`, or the header for it, names an account inside the key's tenant.
 - No error text of Ray's or vLLM's leaves; no prompt and no key is logged.
 """
 
@@ -11,13 +12,14 @@ import asyncio
 import json
 import logging
 import re
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from ray.exceptions import RayError
@@ -25,26 +27,35 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.llm.ingress import OpenAiIngress
 
 from cluster.answers import AnswerReader, wants_usage, with_usage
-from cluster.keys import Keyring
-from cluster.openai_errors import RequestError, invalid, model_not_found
+from cluster.http_app import at_end
+from cluster.length_predictor import prompt_size
+from cluster.openai_errors import (
+    RequestError,
+    internal_error,
+    invalid,
+    larger_than_cap,
+    model_not_found,
+    over_cap,
+    unavailable,
+)
 from cluster.ray_internals import ChatCompletionRequest, CompletionRequest, ErrorInfo, ErrorResponse
 from cluster.request_checks import (
     RequestLimits,
     check_chat,
     check_completion,
     check_content_type,
-    check_headers,
     parse_body,
+    user_of,
 )
 from cluster.serve_lengths import LengthExchange
+from cluster.serve_tenants import LiveTenants
 from cluster.state import SqliteStore
+from cluster.tenant_limits import Refusal, Ticket
+from cluster.tenant_registry import Tenant
 from cost_service.cost_actor import start_cost_actor
+from replicas.request_stamp import make_stamp
 
 logger = logging.getLogger("ray.serve")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 PROMPT_FIELDS = {"chat": "messages", "completions": "prompt"}
 """What each of Ray's engine methods calls its prompt in the API."""
@@ -64,24 +75,27 @@ class AdaptiveIngress(OpenAiIngress):
         self,
         *,
         tenant_by_key_hash: dict[str, str],
+        num_ingresses: int,
         max_model_len: int,
         limits: RequestLimits,
         state_file: str,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        store = SqliteStore(Path(state_file))
         # Here, for the ingress runs wherever the application does, and the actor takes no request's time.
-        start_cost_actor(SqliteStore(Path(state_file)))
-        self._keyring = Keyring(tenant_by_key_hash)
+        start_cost_actor(store)
+        self._tenants = LiveTenants(store, tenant_by_key_hash, num_ingresses=num_ingresses)
         self._max_model_len = max_model_len
         self._limits = limits
         self._lengths = LengthExchange(max_model_len)
-        self._exchange = asyncio.create_task(self._lengths.run())
+        self._loops = [asyncio.create_task(loop) for loop in (self._lengths.run(), self._tenants.run())]
 
     async def check_health(self) -> None:
-        """Ray's own, and that output lengths are still exchanged."""
-        if self._exchange.done():
-            self._exchange.result()  # raises what ended it
+        """Ray's own, and that what runs beside requests still runs."""
+        for loop in self._loops:
+            if loop.done():
+                loop.result()  # raises what ended it
         await super().check_health()
 
     async def models(self, request: Request) -> Response:
@@ -107,6 +121,7 @@ class AdaptiveIngress(OpenAiIngress):
         return await self._generate(request, check_completion, CompletionRequest, "completions")
 
     async def _generate(self, request: Request, check: Callable[..., Any], parse: Any, method: str) -> Response:
+        arrived_s = time.monotonic()
         tenant = self._authenticate(request)
         check_content_type(request.scope["headers"])
         checked = check(
@@ -115,21 +130,35 @@ class AdaptiveIngress(OpenAiIngress):
             max_model_len=self._max_model_len,
             limits=self._limits,
         )
+        user = user_of(checked, request.scope["headers"])
+        ticket = self._admit(request, tenant, checked, PROMPT_FIELDS[method])
         lengths = self._lengths.predictor
-        expected = lengths.expect(tenant, checked)
+        expected = lengths.expect(tenant.name, checked)
         reader = AnswerReader(wants_usage=wants_usage(checked), on_end=partial(lengths.finish, expected))
-        ours = {"request_id": uuid.uuid4().hex, "vllm_xargs": expected.stamp(), **with_usage(checked)}
+        stamp = make_stamp(
+            tenant=tenant.name,
+            user=user,
+            weight=tenant.weight,
+            age_s=time.monotonic() - arrived_s,
+            **expected.output_tokens(),
+        )
+        ours = {
+            "request_id": uuid.uuid4().hex,
+            "cache_salt": self._tenants.cache_salt(tenant.name),
+            "vllm_xargs": stamp,
+            **with_usage(checked),
+        }
         try:
             body = parse.model_validate(checked | ours)
         except ValidationError as error:
             raise _invalid_field(error) from None
         try:
-            return await self._forward(body, method, reader)
+            return await self._forward(body, method, reader, ticket)
         except (BackPressureError, DeploymentUnavailableError) as error:
-            raise _unavailable() from error
+            raise unavailable() from error
         except RayError as error:
             logger.error("A replica failed before its first answer: %s", type(error).__name__)
-            raise _unavailable() from error
+            raise unavailable() from error
 
     def _get_configured_serve_handle(self, model_id: str) -> Any:
         """Ray's handle, answering over a gRPC stream: half the processor time of one Ray object for every token."""
@@ -138,7 +167,23 @@ class AdaptiveIngress(OpenAiIngress):
             self._configured_serve_handles[model_id] = handle.options(_by_reference=False)
         return self._configured_serve_handles[model_id]
 
-    async def _forward(self, body: Any, method: str, reader: AnswerReader) -> Response:
+    def _admit(self, request: Request, tenant: Tenant, checked: Mapping[str, Any], prompt_field: str) -> Ticket:
+        """Count a checked request under its tenant's caps until its end."""
+        admissions = self._tenants.admissions
+        num_prompts, prompt_tokens = prompt_size(checked)
+        outcome = admissions.admit(
+            tenant.name,
+            tenant.limits,
+            num_requests=num_prompts * checked.get("n", 1),
+            prompt_tokens=num_prompts * prompt_tokens,
+            now_s=time.monotonic(),
+        )
+        if isinstance(outcome, Refusal):
+            raise larger_than_cap(prompt_field) if outcome.retry_after_s is None else over_cap(outcome.retry_after_s)
+        at_end(request, lambda: admissions.end(outcome, time.monotonic()))
+        return outcome
+
+    async def _forward(self, body: Any, method: str, reader: AnswerReader, ticket: Ticket) -> Response:
         # Without the raw request no header reaches the engine (X-Vllm-Priority, X-data-parallel-rank, session ids).
         chunks = self._get_response(body=body, call_method=method, raw_request=None)
         first = await anext(chunks)
@@ -148,12 +193,16 @@ class AdaptiveIngress(OpenAiIngress):
         if not body.stream:
             reader.read_whole([choice.finish_reason for choice in item.choices], item.usage.completion_tokens)
             return Response(item.model_dump_json(), media_type="application/json")
+        self._tenants.admissions.start(ticket, time.monotonic())
         return StreamingResponse(_stream(first, chunks, PROMPT_FIELDS[method], reader), media_type="text/event-stream")
 
-    def _authenticate(self, request: Request) -> str:
+    def _authenticate(self, request: Request) -> Tenant:
         """Return the tenant. The scheme is case-insensitive, the key is not."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        tenant = self._keyring.tenant_of(key.strip()) if scheme.lower() == "bearer" else None
+        is_bearer = scheme.lower() == "bearer"
+        tenant = self._tenants.tenant_of(key.strip()) if is_bearer else None
+        if tenant is None and is_bearer and not self._tenants.may_know_all:
+            raise unavailable()
         if tenant is None:
             raise RequestError(
                 status=401,
@@ -164,33 +213,6 @@ class AdaptiveIngress(OpenAiIngress):
                 headers={"WWW-Authenticate": "Bearer"},
             )
         return tenant
-
-
-class HeaderLimits:
-    """ASGI middleware: refuses oversized headers before anything reads them."""
-
-    def __init__(self, app: Any, limits: RequestLimits) -> None:
-        self._app, self._limits = app, limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                check_headers(scope["headers"], self._limits)
-            except RequestError as error:
-                await _error_response(error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def make_app(limits: RequestLimits) -> FastAPI:
-    """Return the FastAPI application that the endpoints are added to: our error shape, no documentation pages, no CORS."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(HeaderLimits, limits=limits)
-    app.add_exception_handler(RequestError, _on_request_error)
-    app.add_exception_handler(404, _on_http_error)
-    app.add_exception_handler(405, _on_http_error)
-    app.add_exception_handler(Exception, _on_bug)
-    return app
 
 
 def engine_refusal(error: ErrorInfo, prompt_field: str) -> RequestError:
@@ -204,7 +226,7 @@ def engine_refusal(error: ErrorInfo, prompt_field: str) -> RequestError:
     if status == 404:
         return model_not_found()
     if not 400 <= status < 500:
-        return _unavailable() if status == 503 else _internal_error()
+        return unavailable() if status == 503 else internal_error()
     if "context length" in error.message or "max_model_len" in error.message or param == "input_tokens":
         message = f"{prompt_field} and max_tokens together are longer than the model's context: shorten one of them."
         return invalid(prompt_field, message, "context_length_exceeded")
@@ -225,7 +247,7 @@ async def _stream(
         yield _error_event(error)
     except RayError as error:
         logger.error("A replica failed while streaming: %s", type(error).__name__)
-        yield _error_event(_unavailable())
+        yield _error_event(unavailable())
 
 
 def _events(chunk: Any, prompt_field: str, reader: AnswerReader) -> str:
@@ -255,41 +277,5 @@ def _invalid_field(error: ValidationError) -> RequestError:
     return invalid(named, f"{named or 'A field of the request'} is not valid.")
 
 
-def _unavailable() -> RequestError:
-    return RequestError(
-        status=503, message="No replica could take the request: try again shortly.", param=None,
-        code="service_unavailable", type="server_error", headers={"Retry-After": "1"},
-    )  # fmt: skip
-
-
-def _internal_error() -> RequestError:
-    return RequestError(
-        status=500, message="The server failed to answer.", param=None, code="internal_error", type="server_error"
-    )
-
-
-def _error_response(error: RequestError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status, headers=dict(error.headers))
-
-
 def _error_event(error: RequestError) -> str:
     return f"data: {json.dumps(error.body())}\n\n"
-
-
-async def _on_request_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError), type(error)
-    return _error_response(error)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException) or hasattr(error, "status_code"), type(error)
-    status = getattr(error, "status_code", 404)
-    message = "There is nothing at this path." if status == 404 else "This path does not take that method."
-    return _error_response(
-        RequestError(status=status, message=message, param=None, code=None, type="invalid_request_error")
-    )
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    logger.error("Unexpected %s while answering", type(error).__name__, exc_info=error)
-    return _error_response(_internal_error())

@@ -16,17 +16,26 @@ from pathlib import Path
 BOOTSTRAP_TENANT = "default"
 
 
+_NOBODY = ("0" * 64, None)
+
+
 class Keyring:
-    """Key hashes and the tenant each belongs to."""
+    """Key hashes and the tenant each belongs to, found by the keys' ids."""
 
     def __init__(self, tenant_by_hash: Mapping[str, str]) -> None:
         self._tenant_by_hash = dict(tenant_by_hash)
+        self._by_id: dict[str, list[tuple[str, str | None]]] = {}
+        for known, tenant in tenant_by_hash.items():
+            self._by_id.setdefault(key_id(known), []).append((known, tenant))
 
     def tenant_of(self, key: str) -> str | None:
-        """Return the tenant of a key, or None; takes the same time whichever key matches."""
+        """Return the tenant of a key, or None.
+
+        The time that it takes may tell whether a key's id is known, and nothing of the rest of its hash.
+        """
         digest = hash_key(key)
         found = None
-        for known, tenant in self._tenant_by_hash.items():
+        for known, tenant in self._by_id.get(key_id(digest), [_NOBODY]):
             if hmac.compare_digest(known, digest):
                 found = tenant
         return found
@@ -46,18 +55,34 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def key_id(sha256: str) -> str:
+    """Return the name by which people and programs speak of a key: the first 32 bits of its hash, which are no secret."""
+    return sha256[:8]
+
+
 def load_or_create(directory: Path) -> Keyring:
     """Read the keyring of an installation; a new one gets a bootstrap key.
 
     Raises:
         ValueError: The keyring file is damaged, or others may read it.
     """
-    path = directory / "keys.json"
-    if not path.exists():
+    if not _keys_path(directory).exists():
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = new_key()
         write_secret(bootstrap_key_path(directory), key + "\n")
-        write_secret(path, json.dumps({hash_key(key): BOOTSTRAP_TENANT}))
+        write_secret(_keys_path(directory), json.dumps({hash_key(key): BOOTSTRAP_TENANT}))
+    return load(directory)
+
+
+def load(directory: Path) -> Keyring:
+    """Read the keyring of an installation; empty where it has none yet.
+
+    Raises:
+        ValueError: The keyring file is damaged, or others may read it.
+    """
+    path = _keys_path(directory)
+    if not path.exists():
+        return Keyring({})
     _refuse_if_open_to_others(path)
     try:
         stored = json.loads(path.read_text())
@@ -73,6 +98,10 @@ def load_or_create(directory: Path) -> Keyring:
 def bootstrap_key_path(directory: Path) -> Path:
     """Where a new installation's first key lies in the clear."""
     return directory / "api_key"
+
+
+def _keys_path(directory: Path) -> Path:
+    return directory / "keys.json"
 
 
 def write_secret(path: Path, text: str) -> None:

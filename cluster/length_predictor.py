@@ -21,7 +21,6 @@ from cluster.request_checks import max_output_tokens
 from cost_service.length_messages import MAX_FINISHED, FinishedRequest, LengthNews, LengthReport
 from cost_service.length_service import LengthQuality, learn
 from cost_service.output_length import QUANTILES, OutputLength, Quantiles, pinball
-from replicas.request_stamp import make_stamp
 
 BYTES_PER_TOKEN = 4
 """Of English text, about."""
@@ -44,10 +43,10 @@ class Expectation:
     teaches: bool
     """Whether its end will tell how long such a request is."""
 
-    def stamp(self) -> dict[str, str | list[int]]:
-        """What the engine is told."""
+    def output_tokens(self) -> dict[str, int]:
+        """What the engine is told of it, as arguments of `replicas.request_stamp.make_stamp`."""
         _, median, upper = self.quantiles
-        return make_stamp(tenant=self.tenant, median_tokens=round(median), upper_tokens=round(upper))
+        return {"median_tokens": round(median), "upper_tokens": round(upper)}
 
 
 class LengthPredictor:
@@ -72,7 +71,7 @@ class LengthPredictor:
     def expect(self, tenant: str, checked: Mapping[str, Any]) -> Expectation:
         """Predict the output length of a checked request (`cluster.request_checks`), in microseconds."""
         kind = f"{checked['model']}/{'chat' if 'messages' in checked else 'completion'}"
-        num_prompts, prompt_tokens = _prompt_tokens(checked)
+        num_prompts, prompt_tokens = prompt_size(checked)
         most = max_output_tokens(checked, self._max_model_len)
         endless = checked.get("ignore_eos", False)
         least = most if endless else checked.get("min_tokens", 0)
@@ -134,8 +133,8 @@ class LengthPredictor:
         learn(self._model, request)
 
 
-def _prompt_tokens(checked: Mapping[str, Any]) -> tuple[int, int]:
-    """The number of prompts, and what they are taken for in length, each."""
+def prompt_size(checked: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the number of a checked request's prompts, and the tokens that they are taken for, each on average."""
     if "messages" in checked:
         return 1, sum(TOKENS_PER_MESSAGE + _text_tokens(message["content"]) for message in checked["messages"])
     prompt = checked["prompt"]

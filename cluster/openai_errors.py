@@ -6,6 +6,7 @@ Rules:
 - Raised anywhere below the HTTP layer, turned into a response in one place.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
@@ -61,3 +62,34 @@ def invalid(param: str | None, message: str, code: str | None = "invalid_value")
 def model_not_found() -> RequestError:
     """Return the 404 for a model that is not served here."""
     return RequestError(404, "The model does not exist: see /v1/models.", "model", "model_not_found")
+
+
+def over_cap(retry_after_s: float) -> RequestError:
+    """Return the 429 for a tenant that has as much in work as it may."""
+    assert retry_after_s > 0, retry_after_s
+    return RequestError(
+        status=429, message="This key's tenant has as many requests in work as it may: send this one again after the "
+        "seconds in Retry-After.", param=None, code="rate_limit_exceeded", type="rate_limit_error",
+        headers={"Retry-After": str(math.ceil(retry_after_s))},
+    )  # fmt: skip
+
+
+def larger_than_cap(param: str) -> RequestError:
+    """Return the 400 for a request that is larger than all that its tenant may have in work."""
+    message = f"This request alone is more than its tenant may have in work: shorten {param}, or ask for fewer choices."
+    return invalid(param, message, "request_too_large")
+
+
+def unavailable() -> RequestError:
+    """Return the 503 for a request that nobody could take."""
+    return RequestError(
+        status=503, message="No replica could take the request: try again shortly.", param=None,
+        code="service_unavailable", type="server_error", headers={"Retry-After": "1"},
+    )  # fmt: skip
+
+
+def internal_error() -> RequestError:
+    """Return the 500 for our own failures."""
+    return RequestError(
+        status=500, message="The server failed to answer.", param=None, code="internal_error", type="server_error"
+    )

@@ -27,6 +27,9 @@ from cluster.request_fields import (
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles a chat message may have."""
 
+USER_HEADER = b"x-adaptivellm-user"
+"""Names one of a tenant's own users, for clients that cannot set `user` in the body."""
+
 Headers = Sequence[tuple[bytes, bytes]]
 
 _COMPLETION_MAX_TOKENS = 16  # what the API defines for a completion without `max_tokens`
@@ -178,6 +181,21 @@ def check_completion(
         raise invalid("echo", "echo cannot be used together with logprobs: leave one out.", _UNSUPPORTED)
     _check_combinations(body, checked, max_output_tokens(checked, max_model_len))
     return checked
+
+
+def user_of(checked: Mapping[str, Any], headers: Headers) -> str:
+    """Return the account inside the tenant that a checked request is for: `user` in the body, else the header; or "".
+
+    Raises:
+        RequestError: 400, several such headers, or one that is no short text.
+    """
+    given = [value for name, value in headers if name.lower() == USER_HEADER]
+    if len(given) > 1 or any(
+        not is_label(text := value.decode("latin-1")) or not text.isprintable() for value in given
+    ):
+        name = USER_HEADER.decode()
+        raise invalid(None, f"Send at most one {name} header, of 1 to {MAX_LABEL_CHARS} printable characters.")
+    return checked.get("user") or "".join(value.decode("latin-1") for value in given)
 
 
 def max_output_tokens(checked: Mapping[str, Any], max_model_len: int) -> int:

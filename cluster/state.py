@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,23 @@ class SqliteStore:
             self._make()
 
     def load(self, collection: str) -> Mapping[str, Any]:
-        """Return the documents of a collection by name, without damaged ones."""
-        with closing(self._connect()) as connection:
-            rows = connection.execute(
-                "SELECT name, json, sha256 FROM documents WHERE collection = ?", (collection,)
-            ).fetchall()
-        documents = {}
-        for name, text, checksum in rows:
-            if hashlib.sha256(text.encode()).hexdigest() == checksum:
-                documents[name] = json.loads(text)
-            else:
-                logger.warning("%s/%s in %s is damaged and left out.", collection, name, self.path)
-        return documents
+        """Return the documents of a collection by name, without damaged ones.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        try:
+            with closing(self._connect()) as connection:
+                rows = connection.execute(
+                    "SELECT name, json, sha256 FROM documents WHERE collection = ?", (collection,)
+                ).fetchall()
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path} cannot be read: {error}") from None
+        return {
+            name: json.loads(text)
+            for name, text, checksum in rows
+            if self._is_whole(f"{collection}/{name}", text, checksum)
+        }
 
     def save(self, collection: str, name: str, document: Any) -> None:
         """Replace a document.
@@ -70,15 +75,33 @@ class SqliteStore:
         Raises:
             OSError: The file cannot be written.
         """
-        text = json.dumps(document, sort_keys=True)
+        self.update(collection, name, lambda _: document)
+
+    def update(self, collection: str, name: str, change: Callable[[Any | None], Any]) -> Any:
+        """Replace a document by what `change` makes of it, while nobody else writes; return what is stored then.
+
+        Args:
+            change: Gets the document, None where there is none or a damaged one. What it raises leaves all as it was.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         try:
             with closing(self._connect()) as connection, connection:
+                connection.execute("BEGIN IMMEDIATE")
+                before = connection.execute(
+                    "SELECT json, sha256 FROM documents WHERE collection = ? AND name = ?", (collection, name)
+                ).fetchone()
+                is_whole = before is not None and self._is_whole(f"{collection}/{name}", *before)
+                document = change(json.loads(before[0]) if is_whole else None)
+                text = json.dumps(document, sort_keys=True)
                 connection.execute(
                     "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?)",
                     (collection, name, text, hashlib.sha256(text.encode()).hexdigest()),
                 )
         except sqlite3.Error as error:
             raise OSError(f"{self.path} cannot be written: {error}") from None
+        return document
 
     def __reduce__(self) -> tuple[type["SqliteStore"], tuple[Path]]:
         """Travel as a path: where it arrives, the file is opened or made anew."""
@@ -89,6 +112,13 @@ class SqliteStore:
         with closing(self._connect()) as connection, connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(SCHEMA)
+
+    def _is_whole(self, place: str, text: str, checksum: str) -> bool:
+        """Whether a document is what was saved; says so if not."""
+        if hashlib.sha256(text.encode()).hexdigest() == checksum:
+            return True
+        logger.warning("%s in %s is damaged and left out.", place, self.path)
+        return False
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=TIMEOUT_S)

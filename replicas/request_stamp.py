@@ -19,26 +19,67 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-TENANT, OUTPUT_TOKENS = "adaptivellm_tenant", "adaptivellm_output_tokens"
+from cost_service.charges import MAX_WEIGHT, MIN_WEIGHT
+
+TENANT, USER, OUTPUT_TOKENS = "adaptivellm_tenant", "adaptivellm_user", "adaptivellm_output_tokens"
+WEIGHT, AGE_S = "adaptivellm_weight", "adaptivellm_age_s"
 MAX_OUTPUT_TOKENS = 1 << 31
+MAX_AGE_S = 86_400.0
 
 MORE_AT_MEDIAN = math.log(2) / math.log(5)
 
 
-def make_stamp(*, tenant: str, median_tokens: int, upper_tokens: int) -> dict[str, str | list[int]]:
+def make_stamp(
+    *,
+    tenant: str,
+    user: str = "",
+    weight: float = 1.0,
+    age_s: float = 0.0,
+    median_tokens: int,
+    upper_tokens: int,
+) -> dict[str, str | float | list[int]]:
     """Return the stamp of a request.
 
     Args:
+        tenant: Whose key it came with.
+        user: What the client calls one of its own users: an account inside the tenant, and nobody's identity.
+        weight: The tenant's.
+        age_s: Seconds since it arrived. An age and no time of day, for clocks of hosts differ.
         median_tokens: Output tokens that it has with a probability of a half, at least 1.
         upper_tokens: Output tokens that it has at most, with a probability of 0.9.
     """
     assert 1 <= median_tokens <= upper_tokens < MAX_OUTPUT_TOKENS, f"{median_tokens} and {upper_tokens} tokens"
-    return {TENANT: tenant, OUTPUT_TOKENS: [median_tokens, upper_tokens]}
+    assert MIN_WEIGHT <= weight <= MAX_WEIGHT, f"a weight of {weight}"
+    assert 0 <= age_s < math.inf, f"an age of {age_s} s"
+    return {
+        TENANT: tenant,
+        USER: user,
+        WEIGHT: weight,
+        AGE_S: min(age_s, MAX_AGE_S),
+        OUTPUT_TOKENS: [median_tokens, upper_tokens],
+    }
 
 
 def tenant_in(extra_args: Mapping[str, Any]) -> str:
     """The tenant; empty without a stamp."""
     return str(extra_args.get(TENANT, ""))
+
+
+def user_in(extra_args: Mapping[str, Any]) -> str:
+    """The account inside the tenant; empty for requests that name none, and without a stamp."""
+    return str(extra_args.get(USER, ""))
+
+
+def weight_in(extra_args: Mapping[str, Any]) -> float:
+    """The tenant's weight; 1 without a stamp."""
+    weight = extra_args.get(WEIGHT)
+    return float(weight) if _is_number(weight) and MIN_WEIGHT <= weight <= MAX_WEIGHT else 1.0
+
+
+def age_s_in(extra_args: Mapping[str, Any]) -> float:
+    """Seconds that a request was old when it was sent to the engine; 0 without a stamp."""
+    age_s = extra_args.get(AGE_S)
+    return float(age_s) if _is_number(age_s) and 0 <= age_s <= MAX_AGE_S else 0.0
 
 
 def remaining_tokens(extra_args: Mapping[str, Any], num_output_tokens: int, max_tokens: int) -> int:
@@ -60,6 +101,10 @@ def remaining_tokens(extra_args: Mapping[str, Any], num_output_tokens: int, max_
     if left >= limit:
         return limit
     return math.ceil(left) if left > 1.0 else 1
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return type(value) is float or type(value) is int
 
 
 def _is_prediction(stamp: Any) -> TypeGuard[list[int]]:

@@ -16,7 +16,7 @@ from cluster.length_predictor import Expectation, LengthPredictor
 from cost_service.length_messages import MAX_FINISHED, LengthNews
 from cost_service.length_service import LengthService
 from cost_service.output_length import FIRST_GUESS, OutputLength
-from replicas.request_stamp import OUTPUT_TOKENS, TENANT
+from replicas.request_stamp import OUTPUT_TOKENS, make_stamp
 from tests.test_cost_service_length_service import MemoryStore
 
 CONTEXT = 2048
@@ -55,8 +55,7 @@ def test_what_has_been_generated_is_predicted_and_stamped() -> None:
     assert one.expect("t", chat()).quantiles == pytest.approx(FIRST_GUESS)
     for _ in range(60):
         serve(one, chat(), 40)
-    stamp = one.expect("t", chat()).stamp()
-    assert stamp == {TENANT: "t", OUTPUT_TOKENS: [40, 40]}
+    assert one.expect("t", chat()).output_tokens() == {"median_tokens": 40, "upper_tokens": 40}
 
 
 def test_chats_and_completions_and_models_are_told_apart() -> None:
@@ -86,7 +85,7 @@ def test_a_request_that_may_not_end_sooner_is_predicted_to_last_that_long() -> N
 
 
 def one_stamp(checked: dict[str, Any]) -> Any:
-    return predictor().expect("t", checked).stamp()[OUTPUT_TOKENS]
+    return list(predictor().expect("t", checked).output_tokens().values())
 
 
 def test_longer_prompts_are_told_from_shorter_ones_whatever_they_are_made_of() -> None:
@@ -203,5 +202,5 @@ def test_any_request_gets_a_stamp_that_the_engine_takes(
     for length in lengths:
         serve(one, completion(), length)
     expected: Expectation = one.expect("t", completion(prompt, max_tokens=max_tokens, ignore_eos=ignore_eos))
-    lower, upper = expected.stamp()[OUTPUT_TOKENS]
+    lower, upper = make_stamp(tenant="t", **expected.output_tokens())[OUTPUT_TOKENS]
     assert 1 <= int(lower) <= int(upper) <= max_tokens

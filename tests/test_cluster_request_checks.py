@@ -21,6 +21,7 @@ from cluster.request_checks import (
     check_content_type,
     check_headers,
     parse_body,
+    user_of,
 )
 from replicas.request_stamp import make_stamp
 
@@ -70,6 +71,24 @@ def refused_field(call: Callable[..., object], **fields: Any) -> str | None:
     assert error.type == "invalid_request_error"
     assert error.message.endswith(".")
     return error.param
+
+
+# Accounts inside a tenant
+
+
+@BOTH
+def test_the_user_in_the_body_goes_before_the_one_in_the_header(check: Callable[..., Any]) -> None:
+    header = [(b"X-AdaptiveLLM-User", b"from the header")]
+    assert user_of(check(user="from the body"), header) == "from the body"
+    assert user_of(check(user=""), header) == user_of(check(), header) == "from the header"
+    assert user_of(check(), []) == user_of(check(), [(b"x-user", b"u")]) == ""
+
+
+@pytest.mark.parametrize("values", [[b""], [b"a", b"a"], [b"x" * 257], [b"a\tb"], [b"a\x85"]])
+def test_a_user_header_that_is_no_short_text_is_400(values: list[bytes]) -> None:
+    error = refusal(user_of, chat(), [(b"x-adaptivellm-user", value) for value in values])
+    assert (error.status, error.param) == (400, None)
+    assert "x-adaptivellm-user" in error.message
 
 
 # The error itself
@@ -495,7 +514,7 @@ def test_unknown_fields_are_ignored_and_not_forwarded(check: Callable[..., Any])
 
 @BOTH
 def test_a_client_cannot_say_what_the_ingress_says_to_the_scheduler(check: Callable[..., Any]) -> None:
-    stamp = make_stamp(tenant="another", median_tokens=1, upper_tokens=1)
+    stamp = make_stamp(tenant="another", user="u", weight=9.0, age_s=99.0, median_tokens=1, upper_tokens=1)
     assert refused_field(check, vllm_xargs=stamp) == "vllm_xargs"
     for smuggled in (stamp, {"extra_args": stamp}, {"extra_body": {"vllm_xargs": stamp}}, {"sampling_params": stamp}):
         assert check(**smuggled) == check()

@@ -59,6 +59,49 @@ def test_a_file_that_is_no_database_is_put_aside(path: Path, caplog: pytest.LogC
     assert "is no database" in caplog.text
 
 
+def test_a_document_is_changed_by_one_at_a_time(path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from cluster.state import SqliteStore\n"
+        "store = SqliteStore(Path(sys.argv[1]))\n"
+        "for _ in range(50): store.update('counts', 'a', lambda count: (count or 0) + 1)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(path)]) for _ in range(2)]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert SqliteStore(path).load("counts") == {"a": 100}
+
+
+def test_a_change_that_fails_leaves_the_document_as_it_was(path: Path) -> None:
+    store = SqliteStore(path)
+    store.save("costs", "a", 1)
+
+    def refuse(document: int | None) -> int:
+        raise ValueError(f"not {document}")
+
+    with pytest.raises(ValueError, match="not 1"):
+        store.update("costs", "a", refuse)
+    assert store.load("costs") == {"a": 1}
+    assert store.update("costs", "a", lambda document: [document]) == [1]
+
+
+def test_a_damaged_document_is_none_to_who_changes_it(path: Path) -> None:
+    store = SqliteStore(path)
+    store.save("costs", "a", 1)
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE documents SET json = '2'")
+    connection.close()
+    assert store.update("costs", "a", lambda document: [document]) == [None]
+
+
+def test_a_store_that_has_gone_is_an_os_error(path: Path) -> None:
+    store = SqliteStore(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="cannot be read"):
+        store.load("costs")
+    with pytest.raises(OSError, match="cannot be written"):
+        store.save("costs", "a", 1)
+
+
 def test_what_a_killed_writer_had_saved_is_whole(path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from cluster.state import SqliteStore\n"

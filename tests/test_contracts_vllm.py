@@ -415,6 +415,23 @@ def test_a_request_is_forgotten_in_one_place_where_its_tokens_are_counted_for_th
     assert "self.requests.pop(" not in source, moved("requests are forgotten elsewhere", "replicas/vllm_scheduler.py")
 
 
+def test_a_salt_keeps_prefix_caches_apart() -> None:
+    sha256 = load("vllm.utils.hashing:sha256")
+    load("vllm.v1.core.kv_cache_utils:init_none_hash")(sha256)
+    hasher = load("vllm.v1.core.kv_cache_utils:get_request_block_hasher")(16, sha256)
+
+    def hashes(salt: str) -> list[bytes]:
+        params = load("vllm:SamplingParams")(max_tokens=1)
+        prompt = list(range(64))
+        request = load("vllm.v1.request:Request")("0", prompt, params, None, cache_salt=salt, block_hasher=hasher)
+        return list(request.block_hashes)
+
+    one, other = hashes("5" * 64), hashes("6" * 64)
+    assert len(one) == 4
+    assert one == hashes("5" * 64)
+    assert not set(one) & set(other), moved("salts do not reach all blocks' hashes", "cluster/cache_salt.py")
+
+
 CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
 COMPLETION_PROTOCOL = "vllm.entrypoints.openai.completion.protocol"
 
@@ -427,10 +444,12 @@ COMPLETION_PROTOCOL = "vllm.entrypoints.openai.completion.protocol"
     ],
 )
 def test_a_stamp_travels_from_the_api_to_the_engines_decision(path: str, prompt: dict[str, Any]) -> None:
-    stamp = make_stamp(tenant="a", median_tokens=100, upper_tokens=300)
-    body = load(path).model_validate({"model": "m", **prompt, "vllm_xargs": stamp})
+    stamp = make_stamp(tenant="a", user="u", weight=2.0, age_s=0.5, median_tokens=100, upper_tokens=300)
+    body = load(path).model_validate({"model": "m", **prompt, "vllm_xargs": stamp, "cache_salt": "5" * 64})
+    assert body.cache_salt == "5" * 64, moved("a request's salt", "cluster/cache_salt.py")
     encoded = load("vllm.v1.serial_utils:MsgpackEncoder")().encode(body.to_sampling_params(1000, {}))
     params = load("vllm.v1.serial_utils:MsgpackDecoder")(load("vllm:SamplingParams")).decode(encoded)
+    assert params.extra_args == stamp, moved("`vllm_xargs` change on their way", "replicas/request_stamp.py")
     request = load("vllm.v1.request:Request")("0", [3] * 32, params, None)
     view, _, host = views(1, 32)
     candidate = view.candidate(request, host, survival=0.0)

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class Running:
     url: str
     key: str
     process: subprocess.Popen[str]
+    tenant: str = "default"
 
     def post(self, path: str, body: Any = None, *, content: bytes | None = None, **headers: str) -> httpx.Response:
         sent = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
@@ -329,6 +331,72 @@ def test_a_killed_cost_service_comes_back_with_its_newest_costs_and_nobody_notic
     assert learn(running, before + 1)["version"] > before
 
 
+def tenants(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "cluster", "tenants", *arguments, "--json", "-"]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=60)
+    told: dict[str, Any] = json.loads(answer.stdout)
+    return told
+
+
+IN_FORCE_S = 5.0
+"""Within which a change of a tenant holds on every ingress."""
+
+
+def status_within(limit_s: float, ask: Callable[[], httpx.Response], status_code: int) -> httpx.Response:
+    """The first answer with such a status; fails if none comes in time."""
+    deadline_s = time.monotonic() + limit_s
+    while (answer := ask()).status_code != status_code:
+        assert time.monotonic() < deadline_s, f"{answer.status_code}: {answer.text}"
+        time.sleep(0.1)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def acme(running: Running) -> Running:
+    """A tenant of its own; names are never free again, and the installation may be an old one."""
+    made = tenants("add", f"acme-{os.getpid()}-{time.time_ns()}")
+    return Running(running.url, made["key"], running.process, made["name"])
+
+
+def test_an_added_key_is_accepted_and_a_revoked_one_refused_within_5_seconds(acme: Running) -> None:
+    def ask() -> httpx.Response:
+        return acme.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 2})
+
+    status_within(IN_FORCE_S, ask, 200)
+    another = tenants("add", acme.tenant, "--another-key")
+    tenants("revoke", acme.tenant, "--key", another["keys"][0]["id"])
+    assert_openai_error(status_within(IN_FORCE_S, ask, 401), 401, None)
+    acme.key = another["key"]
+    status_within(IN_FORCE_S, ask, 200)
+
+
+def test_over_a_cap_a_tenant_gets_429_with_retry_after_and_others_are_served(running: Running, acme: Running) -> None:
+    def ask() -> httpx.Response:
+        return acme.post(COMPLETIONS, {"model": MODEL, "prompt": "a", "max_tokens": 1})
+
+    tenants("limit", acme.tenant, "--max-concurrent-requests", "2")
+    three = {"model": MODEL, "prompt": ["a", "b", "c"], "max_tokens": 1}
+    too_large = status_within(IN_FORCE_S, lambda: acme.post(COMPLETIONS, three), 400)
+    assert_openai_error(too_large, 400, "prompt")
+    body = {"model": MODEL, "prompt": "Count:", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    headers = {"authorization": f"Bearer {acme.key}"}
+    with contextlib.ExitStack() as streams:
+        opened = []  # an iterator that nobody holds closes its connection
+        for _ in range(2):
+            request = httpx.stream("POST", acme.url + COMPLETIONS, json=body, headers=headers, timeout=60)
+            answer = streams.enter_context(request)
+            assert answer.status_code == 200
+            opened.append(answer.iter_lines())
+            next(opened[-1])
+        refused = ask()
+        assert_openai_error(refused, 429, None)
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        answer = running.post(COMPLETIONS, {"model": MODEL, "prompt": "a", "max_tokens": 1})
+        assert answer.status_code == 200, "a tenant is held to another's cap"
+    status_within(10, ask, 200)  # both clients have left: nothing of them stays
+
+
 METRICS = """
 from cluster.running import connected
 with connected("auto"):
@@ -337,11 +405,49 @@ with connected("auto"):
 """
 
 
-def test_metrics_have_the_names_that_dashboards_rely_on(running: Running) -> None:
+@pytest.fixture(scope="module")
+def metrics_url(running: Running) -> str:
     found = subprocess.run(
         [sys.executable, "-c", METRICS], env=environment(), check=True, timeout=120, capture_output=True, text=True
     )
     (port,) = json.loads(found.stdout.splitlines()[-1])
+    return f"http://127.0.0.1:{port}/metrics"
+
+
+def test_tenants_share_no_prefix_cache(running: Running, acme: Running, metrics_url: str) -> None:
+    def total(name: str) -> float:
+        lines = httpx.get(metrics_url).text.splitlines()
+        return sum(
+            float(line.split()[-1]) for line in lines if re.match(rf"ray_vllm_prefix_cache_{name}(_total)?{{", line)
+        )
+
+    def send(tenant: Running) -> int:
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 1}
+        return int(tenant.post(COMPLETIONS, body).json()["usage"]["prompt_tokens"])
+
+    def settled(at_least: float) -> float:
+        """Tokens that were found in caches, once so many were looked up: metrics come every some seconds."""
+        deadline_s = time.monotonic() + 60
+        while total("queries") < at_least:
+            assert time.monotonic() < deadline_s, f"{total('queries')} of {at_least} tokens were looked up"
+            time.sleep(0.5)
+        return total("hits")
+
+    tenants("limit", acme.tenant, "--max-concurrent-requests", "none")
+    prompt = f"{time.monotonic_ns()} " + "All these words are in the cache of who has sent them. " * 30
+    num_queries = total("queries")
+    num_tokens = send(acme)
+    before = settled(num_queries + num_tokens)
+    num_queries = total("queries")
+    for _ in range(4):  # to two replicas: three or more find the prompt
+        send(acme)
+    own = settled(num_queries + 4 * num_tokens)
+    assert own - before > 2 * num_tokens, "a tenant finds its own"
+    send(running)
+    assert settled(num_queries + 5 * num_tokens) == own, "another tenant finds it too"
+
+
+def test_metrics_have_the_names_that_dashboards_rely_on(running: Running, metrics_url: str) -> None:
     names = {
         "ray_adaptivellm_host_pool_blocks", "ray_adaptivellm_degraded", "ray_adaptivellm_headroom_blocks",
         "ray_adaptivellm_output_tokens_total", "ray_adaptivellm_output_length_coverage",
@@ -353,7 +459,7 @@ def test_metrics_have_the_names_that_dashboards_rely_on(running: Running) -> Non
         assert time.monotonic() < deadline_s, missing
         # Ray shows what was set since it last collected: somebody must be at work.
         assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 16}).status_code == 200
-        told += httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        told += httpx.get(metrics_url).text
 
 
 def test_a_client_that_leaves_frees_its_request(running: Running) -> None:

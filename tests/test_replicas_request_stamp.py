@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicas.request_stamp import OUTPUT_TOKENS, make_stamp, remaining_tokens, tenant_in
+from replicas.request_stamp import (
+    AGE_S,
+    MAX_AGE_S,
+    OUTPUT_TOKENS,
+    WEIGHT,
+    age_s_in,
+    make_stamp,
+    remaining_tokens,
+    tenant_in,
+    user_in,
+    weight_in,
+)
 
 UNLIMITED = 1 << 30
 
@@ -52,6 +63,18 @@ def test_without_a_stamp_all_that_the_limit_leaves_remains() -> None:
     assert remaining_tokens({}, 10, 10) == 1
     assert tenant_in({}) == ""
     assert tenant_in(make_stamp(tenant="a", median_tokens=1, upper_tokens=1)) == "a"
+
+
+def test_who_sent_a_request_and_when_is_read_as_it_was_written() -> None:
+    stamp = make_stamp(tenant="a", user="u", weight=2.5, age_s=0.125, median_tokens=1, upper_tokens=1)
+    assert (tenant_in(stamp), user_in(stamp), weight_in(stamp), age_s_in(stamp)) == ("a", "u", 2.5, 0.125)
+    assert age_s_in(make_stamp(tenant="a", age_s=1e9, median_tokens=1, upper_tokens=1)) == MAX_AGE_S
+    assert (user_in({}), weight_in({}), age_s_in({})) == ("", 1.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [None, "1", [], True, -1, -0.5, float("nan"), float("inf"), 10**400, {}])
+def test_a_weight_or_an_age_that_is_none_counts_as_none(value: Any) -> None:
+    assert (weight_in({WEIGHT: value}), age_s_in({AGE_S: value})) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""Who an ingress serves: its copy of the tenants, read anew beside requests, and what they have in work (shell).
+
+Rule: no request waits for the store. A change of a tenant is in force after `INTERVAL_S` and what one look takes.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import NoReturn
+
+from cluster.cache_salt import cache_salt, load_or_create_secret
+from cluster.tenant_copy import TenantCopy
+from cluster.tenant_limits import Admissions
+from cluster.tenant_registry import Store, Tenant
+from replicas.serve_metrics import degraded_gauge
+
+INTERVAL_S = 2.0
+
+
+class LiveTenants:
+    """One ingress's tenants."""
+
+    def __init__(self, store: Store, bootstrap: Mapping[str, str], *, num_ingresses: int) -> None:
+        """Read the store once, and be ready also if it is away; arguments as of `TenantRegistry` and `Admissions`."""
+        self.admissions = Admissions(num_ingresses=num_ingresses)
+        self._secret = load_or_create_secret(store)
+        self._copy = TenantCopy(store, bootstrap)
+        self._degraded = degraded_gauge()
+        self._refresh()
+
+    @property
+    def may_know_all(self) -> bool:
+        """Whether the store was ever read: before, a key that is not known may be a good one."""
+        return self._copy.is_read
+
+    def tenant_of(self, key: str) -> Tenant | None:
+        """Return the tenant of a key, or None."""
+        return self._copy.directory.tenant_of(key)
+
+    def cache_salt(self, tenant: str) -> str:
+        """Return what keeps a tenant's prefix cache apart from others'."""
+        return cache_salt(self._secret, tenant)
+
+    async def run(self) -> NoReturn:
+        """Look for changes for ever."""
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            await asyncio.to_thread(self._refresh)
+
+    def _refresh(self) -> None:
+        self._degraded.set(float(not self._copy.refresh()), tags={"part": "tenants"})
