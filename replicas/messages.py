@@ -7,18 +7,25 @@ from typing import TypeVar
 
 import msgspec
 
+from cost_service.charges import Account
 from cost_service.samples import Sample
+from cost_service.service_messages import AccountReport, Share
 from replicas.config import PreemptionPolicy
+from replicas.fair_queue import Admission
 
 T = TypeVar("T")
 
-MAX_MESSAGE_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 16 << 20
+"""Holds a report of 100,000 accounts."""
 
 
-class SetPolicy(msgspec.Struct, frozen=True, kw_only=True, tag="set_policy", forbid_unknown_fields=True):
-    """Server to engine: follow another preemption policy from the next step on."""
+class SetPolicy(
+    msgspec.Struct, frozen=True, kw_only=True, tag="set_policy", forbid_unknown_fields=True, omit_defaults=True
+):
+    """Server to engine: follow other policies from the next step on; None leaves one as it is."""
 
-    preemption: PreemptionPolicy
+    preemption: PreemptionPolicy | None = None
+    admission: Admission | None = None
 
 
 class SetCosts(msgspec.Struct, frozen=True, kw_only=True, tag="set_costs", forbid_unknown_fields=True):
@@ -35,6 +42,31 @@ class CostSamples(msgspec.Struct, frozen=True, kw_only=True, tag="samples", forb
     """The cost snapshot in force, as `CostSnapshot.to_json` writes it: whose samples these are, and what to begin with."""
 
     samples: list[Sample]
+
+
+class SetShares(msgspec.Struct, frozen=True, kw_only=True, tag="set_shares", forbid_unknown_fields=True):
+    """Server to engine: what the fairness scheduler says of tenants; those that are not named stay as they are."""
+
+    shares: list[Share]
+    answered: int
+    """Sequence of the engine's last service report that the scheduler has taken; 0 for none."""
+
+    wants_everything: bool = False
+    """Whether the next service report shall name all accounts, and what the engine knows: the scheduler is new to it."""
+
+
+class ServiceReport(msgspec.Struct, frozen=True, kw_only=True, tag="service", forbid_unknown_fields=True):
+    """Engine to server: what tenants were served. It holds all that was not answered yet, so that a later one replaces it."""
+
+    epoch: str
+    """Names this life of the engine, as in `EngineTotals`."""
+
+    sequence: int
+    """Rises by one with every service report of the epoch, from 1."""
+
+    accounts: list[tuple[Account, AccountReport]]
+    known: dict[str, float] | None = None
+    """In a report of all accounts: counters by tenant as the engine knows them, for a scheduler that has lost its own."""
 
 
 class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forbid_unknown_fields=True):
@@ -89,10 +121,10 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forb
     """Totals that found no room on the channel; the next ones carry their content."""
 
 
-ToEngine = SetPolicy | SetCosts
+ToEngine = SetPolicy | SetCosts | SetShares
 """What the engine accepts."""
 
-ToServer = EngineTotals | CostSamples
+ToServer = EngineTotals | CostSamples | ServiceReport
 """What the engine sends."""
 
 _encoder = msgspec.json.Encoder()

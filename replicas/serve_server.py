@@ -91,6 +91,7 @@ class AdaptiveLLMServer(LLMServer):
             if isinstance(message, CostSamples):
                 self._costs.add(message)
                 continue
+            assert isinstance(message, EngineTotals), f"nobody takes a {type(message).__name__}"
             self._metrics.update(self._totals, message)
             self._totals, self._totals_at_s = message, time.monotonic()
 

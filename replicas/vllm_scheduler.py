@@ -27,7 +27,7 @@ from replicas.channel import EngineEnd
 from replicas.config import PreemptionPolicy, parse_policy
 from replicas.decision_log import DecisionLog
 from replicas.guard import GuardSettings
-from replicas.messages import CostSamples, EngineTotals, SetPolicy
+from replicas.messages import CostSamples, EngineTotals, SetCosts, SetPolicy
 from replicas.parent_watch import watch_parent
 from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Candidate, Pressure
@@ -112,8 +112,12 @@ class _AdaptiveMixin(Scheduler):
     def _take_messages(self, channel: EngineEnd) -> None:
         for message in channel.receive():
             if isinstance(message, SetPolicy):
-                self.preemptor.follow(parse_policy(message.preemption))
-            elif (costs := newer_costs(self.preemptor.costs, message.snapshot)) is not None:
+                if message.preemption is not None:
+                    self.preemptor.follow(parse_policy(message.preemption))
+            elif (
+                isinstance(message, SetCosts)
+                and (costs := newer_costs(self.preemptor.costs, message.snapshot)) is not None
+            ):
                 self.preemptor.costs = costs
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:

@@ -11,14 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cost_service.charges import Account, Served
 from cost_service.samples import CopySample, LinkSample, PrefillSample
+from cost_service.service_messages import AccountReport, Known, Share
 from replicas.config import PreemptionPolicy
+from replicas.fair_queue import Admission
 from replicas.messages import (
     MAX_MESSAGE_BYTES,
     CostSamples,
     EngineTotals,
+    ServiceReport,
     SetCosts,
     SetPolicy,
+    SetShares,
     decode_to_engine,
     decode_to_server,
     encode,
@@ -52,6 +57,22 @@ def test_totals_come_back_as_they_were_sent(totals: EngineTotals) -> None:
 def test_every_policy_of_the_settings_can_be_sent(policy: PreemptionPolicy) -> None:
     message = SetPolicy(preemption=policy.value)
     assert decode_to_engine(encode(message)) == message
+
+
+@pytest.mark.parametrize("admission", Admission)
+def test_a_policy_may_be_of_admission_alone(admission: Admission) -> None:
+    message = SetPolicy(admission=admission)
+    assert decode_to_engine(encode(message)) == message
+    assert json.loads(encode(message)) == {"type": "set_policy", "admission": admission.value}
+
+
+def test_service_and_shares_come_back_as_they_were_sent() -> None:
+    line = AccountReport(served=Served(5, 1, 7, 9), num_waiting=1, num_running=2, reserved=3.5)
+    report = ServiceReport(epoch="e", sequence=4, accounts=[(Account("a", "u"), line)], known={"a": 1.5})
+    assert decode_to_server(encode(report)) == report
+    known = Known(counter=2.0, included=1.0)
+    shares = SetShares(shares=[Share(tenant="a", known=known, weight=2.0, waits=True, users={"u": known})], answered=4)
+    assert decode_to_engine(encode(shares)) == shares
 
 
 def test_samples_come_back_as_they_were_sent_and_costs_too() -> None:
@@ -95,8 +116,8 @@ def test_a_message_too_large_to_receive_is_refused_before_it_is_parsed() -> None
         b"[]",
         b'"swap"',
         b"{}",
-        b'{"type":"set_policy"}',
-        b'{"type":"set_policy","preemption":null}',
+        b'{"type":"set_policy","admission":"lifo"}',
+        b'{"type":"set_shares","shares":[{"tenant":"a"}],"answered":1}',
         b'{"type":"set_policy","preemption":"stock"}',
         b'{"type":"set_policy","preemption":"swap","extra":1}',
         b'{"type":"other","preemption":"swap"}',
