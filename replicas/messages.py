@@ -56,7 +56,7 @@ class SetShares(msgspec.Struct, frozen=True, kw_only=True, tag="set_shares", for
 
 
 class ServiceReport(msgspec.Struct, frozen=True, kw_only=True, tag="service", forbid_unknown_fields=True):
-    """Engine to server: what tenants were served. It holds all that was not answered yet, so that a later one replaces it."""
+    """Engine to server: what tenants were served. It holds all that was not answered yet: a later one replaces it."""
 
     epoch: str
     """Names this life of the engine, as in `EngineTotals`."""
