@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Self
 
+from cost_service.charges import ServiceKind
+from replicas.fair_queue import Admission
+
 
 class PreemptionPolicy(StrEnum):
     """How our scheduler treats a request that must give way. `stock` is vLLM's own scheduler class and not in here."""
@@ -32,6 +35,13 @@ class SwapConfig:
 
     preemption: PreemptionPolicy = PreemptionPolicy.SWAP
     """Policy at start; the control channel can change it while the engine runs."""
+
+    admission: Admission = Admission.FAIR
+    """Who of those who wait is admitted next; the control channel can change it too. Requests without a stamp keep
+    vLLM's order under either."""
+
+    service: ServiceKind = ServiceKind.TOKENS
+    """What is equalised between tenants."""
 
     host_pool_bytes: int = 1 << 30
     """Host memory for swapped-out KV blocks, per worker process (each tensor-parallel rank keeps its own shard)."""
@@ -95,6 +105,12 @@ class SwapConfig:
         values = dict(mapping)
         if "preemption" in values:
             values["preemption"] = parse_policy(values["preemption"])
+        if "admission" in values:
+            values["admission"] = parse_admission(values["admission"])
+        if "service" in values:
+            if values["service"] not in list(ServiceKind):
+                raise ValueError(f"service must be one of {[kind.value for kind in ServiceKind]}.")
+            values["service"] = ServiceKind(values["service"])
         return cls(**values)
 
 
@@ -108,3 +124,14 @@ def parse_policy(name: object) -> PreemptionPolicy:
         known = [policy.value for policy in PreemptionPolicy if policy is not PreemptionPolicy.RANDOM]
         raise ValueError(f"preemption must be one of {known}.")
     return PreemptionPolicy(str(name))
+
+
+def parse_admission(name: object) -> Admission:
+    """Return the order of admission of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in list(Admission):
+        raise ValueError(f"admission must be one of {[admission.value for admission in Admission]}.")
+    return Admission(str(name))

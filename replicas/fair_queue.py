@@ -21,7 +21,7 @@ With n waiting requests, every operation costs O(log n), and the choice O(classe
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -186,18 +186,7 @@ class FairQueue:
 
     def first(self, num: int) -> list[Waiting]:
         """Return whom the next `num` calls of `pop` would return."""
-        popped: list[tuple[Waiting, Place]] = []
-        chosen, ahead = self._chosen, self._ahead.copy()
-        while len(popped) < num and (self._chosen is not None or self.rank() is not None):
-            assert self._chosen is not None
-            waiting, place = self._take_out(self._chosen)
-            popped.append((waiting, place))
-            self.service.hold(waiting.request_id, waiting.account, waiting.held)
-        for waiting, place in popped:
-            self.service.release(waiting.request_id)
-            self._insert(waiting, place)
-        self._chosen, self._ahead = chosen, ahead
-        return [waiting for waiting, _ in popped]
+        return _next(num, lambda: self if self._chosen is not None or self.rank() is not None else None, (self,))
 
     def follow(self, admission: Admission) -> None:
         """Order by another rule from now on."""
@@ -321,3 +310,25 @@ def first_of(skipped: FairQueue, waiting: FairQueue) -> FairQueue | None:
     if skipped_rank[:2] == waiting_rank[:2] and skipped_rank[1] == ANONYMOUS:
         return skipped
     return skipped if skipped_rank < waiting_rank else waiting
+
+
+def next_of(skipped: FairQueue, waiting: FairQueue, num: int) -> list[Waiting]:
+    """Return the next `num` requests of both queues, if all were admitted."""
+    return _next(num, lambda: first_of(skipped, waiting), (skipped, waiting))
+
+
+def _next(num: int, choose: Callable[[], FairQueue | None], queues: Sequence[FairQueue]) -> list[Waiting]:
+    """Take requests out and charge them as `pop` does, then put all as it was."""
+    before = [(queue._chosen, queue._ahead.copy()) for queue in queues]
+    popped: list[tuple[FairQueue, Waiting, Place]] = []
+    while len(popped) < num and (queue := choose()) is not None:
+        assert queue._chosen is not None
+        waiting, place = queue._take_out(queue._chosen)
+        popped.append((queue, waiting, place))
+        queue.service.hold(waiting.request_id, waiting.account, waiting.held)
+    for queue, waiting, place in popped:
+        queue.service.release(waiting.request_id)
+        queue._insert(waiting, place)
+    for queue, (chosen, ahead) in zip(queues, before, strict=True):
+        queue._chosen, queue._ahead = chosen, ahead
+    return [waiting for _, waiting, _ in popped]

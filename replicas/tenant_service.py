@@ -168,6 +168,11 @@ class TenantService:
         group = self._users.get(account.tenant)
         return 0.0 if group is None else group.key(account.user)
 
+    def weight(self, tenant: str) -> float:
+        """What a tenant's service is divided by."""
+        standing = self._tenants.standings.get(tenant)
+        return 1.0 if standing is None else standing.weight
+
     def set_weight(self, tenant: str, weight: float) -> None:
         """Weigh a tenant's service by another weight from now on; it keeps its key.
 

@@ -70,11 +70,14 @@ class MemoryView:
             needed += max(0, -(-slots // self._block_size) - len(self._blocks[request.request_id]))
         return max(0, needed - free)
 
-    def candidate(self, request: Request, host: HostBlockPool | None, *, survival: float) -> Candidate:
+    def candidate(
+        self, request: Request, host: HostBlockPool | None, *, survival: float, service: float = 0.0
+    ) -> Candidate:
         """The request as a candidate for giving way.
 
         Args:
             survival: Share of a victim's tokens that is likely to be in the prefix cache when it comes back.
+            service: Normalised service of its tenant.
         """
         stamp = stamp_of(request)
         tenant = tenant_in(stamp)
@@ -86,6 +89,7 @@ class MemoryView:
         return Candidate(
             request_id=request.request_id,
             tenant=tenant,
+            service=service,
             num_tokens=request.num_computed_tokens,
             num_blocks=num_blocks,
             num_freed_blocks=len(blocks) - num_shared,

@@ -2,8 +2,8 @@
 
 Rules:
 - vLLM's `schedule()` is never copied. The seams are few: `_preempt_request` (what happens to a victim), `schedule` and
-  `update_from_output` (channel and counters around vLLM's own work), `_free_blocks` (a request's last count),
-  `reset_prefix_cache` (nothing survives it).
+  `update_from_output` (channel and counters around vLLM's own work), `_select_waiting_queue_for_scheduling` and the two
+  waiting queues (whose turn it is), `_free_blocks` (a request's last count), `reset_prefix_cache` (nothing survives it).
 - A policy that chooses victims does so ahead of vLLM's running loop, so that the loop finds room. In such a step nobody is
   admitted, as in any step of vLLM's that preempts: a victim never comes back in the step in which it went.
 - Blocks are kept free at admission through vLLM's own watermark, set anew in every step.
@@ -19,25 +19,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from cost_service.charges import ServiceUnit
+from replicas.admission import AdmissionSettings, RequestAdmission
 from replicas.channel import EngineEnd
-from replicas.config import PreemptionPolicy, parse_policy
+from replicas.config import PreemptionPolicy, SwapConfig, parse_policy
 from replicas.decision_log import DecisionLog
 from replicas.guard import GuardSettings
-from replicas.messages import CostSamples, EngineTotals, SetCosts, SetPolicy
+from replicas.messages import CostSamples, EngineTotals, SetPolicy, SetShares
 from replicas.parent_watch import watch_parent
 from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Candidate, Pressure
 from replicas.preemption_meter import Prefill
 from replicas.preemptor import Preemptor, Recorder
+from replicas.vllm_admission import EngineAdmission
 from replicas.vllm_costs import costs_of, newer_costs, with_copies
 from replicas.vllm_internals import (
     AsyncScheduler,
     PauseState,
     Request,
+    RequestQueue,
     RequestStatus,
     Scheduler,
     SchedulerOutput,
@@ -69,6 +72,7 @@ class _AdaptiveMixin(Scheduler):
             guard=GuardSettings() if config and config.guard else None,
             record=self._open_log(config.decision_log_folder) if config and config.decision_log_folder else None,
         )
+        self.admission = self._ordered(config)
         self._memory = MemoryView(self) if len(self.kv_cache_config.kv_cache_groups) == 1 else None
         self._decided: dict[str, PreemptionDecision] = {}
         self._resetting = False
@@ -96,10 +100,13 @@ class _AdaptiveMixin(Scheduler):
             self._take_messages(self._channel)
         if self._step_began_s is None:
             self._step_began_s = time.monotonic()
-        self._line_up_holders()
+        if self.admission is not None:
+            self.admission.begin_step()
         self.kv_cache_manager.watermark_blocks = self._stock_watermark_blocks + self.preemptor.headroom.num_blocks
         with self._nobody_admitted() if self._make_room() else nullcontext():
             output = super().schedule(*args, **kwargs)
+        if self.admission is not None:
+            self.admission.end_step(output)
         self.num_steps += 1
         self.num_scheduled_tokens += output.total_num_scheduled_tokens
         if self._memory is not None:
@@ -109,15 +116,31 @@ class _AdaptiveMixin(Scheduler):
             self.num_swapped_in_blocks += len(plan.in_blocks)
         return output
 
+    def _select_waiting_queue_for_scheduling(self) -> RequestQueue | None:
+        """Whose turn it is, asked by vLLM before each admission."""
+        if self.admission is None:
+            return super()._select_waiting_queue_for_scheduling()
+        return self.admission.select()
+
+    def _ordered(self, config: SwapConfig | None) -> EngineAdmission | None:
+        """Take vLLM's waiting queues over; None where requests have priorities, whose order is vLLM's."""
+        if self.policy is SchedulingPolicy.PRIORITY:
+            return None
+        config = config or SwapConfig()
+        settings = AdmissionSettings(unit=ServiceUnit(config.service))
+        return EngineAdmission(self, RequestAdmission(config.admission, settings), self.preemptor)
+
     def _take_messages(self, channel: EngineEnd) -> None:
         for message in channel.receive():
             if isinstance(message, SetPolicy):
                 if message.preemption is not None:
                     self.preemptor.follow(parse_policy(message.preemption))
-            elif (
-                isinstance(message, SetCosts)
-                and (costs := newer_costs(self.preemptor.costs, message.snapshot)) is not None
-            ):
+                if message.admission is not None and self.admission is not None:
+                    self.admission.core.follow(message.admission)
+            elif isinstance(message, SetShares):
+                if self.admission is not None:
+                    self.admission.learn(message)
+            elif (costs := newer_costs(self.preemptor.costs, message.snapshot)) is not None:
                 self.preemptor.costs = costs
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -158,6 +181,7 @@ class _AdaptiveMixin(Scheduler):
         )  # fmt: skip
         if self._channel is not None:
             self._channel.send(self.totals())
+            self._report_service(self._channel)
             if samples := self.preemptor.meter.take_samples():
                 self._channel.send(CostSamples(costs=self.preemptor.costs.to_json(), samples=samples))
 
@@ -165,6 +189,8 @@ class _AdaptiveMixin(Scheduler):
         """Count the request's tokens, then let vLLM forget it: finished, aborted or failed, each comes here once."""
         self._num_output_tokens_of_freed += request.num_output_tokens
         self.preemptor.meter.forget(request.request_id)
+        if self.admission is not None:
+            self.admission.ended(request)
         super()._free_blocks(request)
 
     @property
@@ -193,6 +219,8 @@ class _AdaptiveMixin(Scheduler):
             self._swap.planning.release(request.request_id)  # copies of blocks that are computed anew
         if not self._resetting:
             self.last_decision = decision
+            if self.admission is not None:
+                self.admission.core.gave_way(decision)
             self.preemptor.preempted(
                 decision, now_s=timestamp, num_tokens=num_tokens, num_running=max(1, len(self.running)),
                 num_copied_blocks=num_copied or 0,
@@ -222,23 +250,11 @@ class _AdaptiveMixin(Scheduler):
         logger.info("Decisions on preemption are logged to %s.", log.path)
         return log.write
 
-    def _line_up_holders(self) -> None:
-        """Put those who hold blocks for a load before those who hold none.
-
-        vLLM scans until somebody does not fit; loaded requests behind that one would keep their blocks for ever while it
-        waits for them (vLLM #57841).
-        """
-        if len(self.skipped_waiting) > 1:
-            requests = list(self.skipped_waiting)
-            self.skipped_waiting.remove_requests(requests)
-            for request in sorted(requests, key=lambda one: one.status != RequestStatus.WAITING_FOR_REMOTE_KVS):
-                self.skipped_waiting.add_request(request)
-
     def _line_up_preempted(self) -> None:
         """Let those who gave way come back in the order of their arrival, as vLLM's own victims do."""
-        victims = list(takewhile(lambda request: request.status == RequestStatus.PREEMPTED, self.waiting))
-        for _ in victims:
-            self.waiting.pop_request()
+        victims = []
+        while self.waiting and self.waiting.peek_request().status == RequestStatus.PREEMPTED:
+            victims.append(self.waiting.pop_request())
         for request in sorted(victims, key=lambda request: request.arrival_time, reverse=True):
             self.waiting.prepend_request(request)
 
@@ -257,7 +273,8 @@ class _AdaptiveMixin(Scheduler):
             tokens = request.num_computed_tokens
             return Candidate(request_id=request.request_id, num_tokens=tokens, num_blocks=0, num_freed_blocks=0)
         pool = self._swap.planning.pool if self._swap else None
-        return self._memory.candidate(request, pool, survival=self.preemptor.meter.survival)
+        service = self.admission.core.service_of(request.request_id) if self.admission is not None else 0.0
+        return self._memory.candidate(request, pool, survival=self.preemptor.meter.survival, service=service)
 
     def _pressure(self, *, num_needed_blocks: int) -> Pressure:
         return self.preemptor.pressure(

@@ -1,0 +1,226 @@
+"""The engine's decisions on admission in one place: whose turn it is, who may pass, and what tenants are charged.
+
+Data flow: a request arrives -> `add` -> `select` says which queue the engine takes the next one from -> `admitted` charges
+its prompt -> `delivered` charges its output -> `ended`; or it gives way, and `put_back` lets it wait again.
+
+Rules:
+- Two queues, as vLLM has them: `waiting`, and `skipped` for those that were passed over or hold blocks for a load. One order
+  rules both. Those who hold blocks go first whatever the order: behind one that does not fit they would keep their blocks
+  for ever while it waits for them (vLLM #57841).
+- Prompts are charged when a request is first admitted, without what the prefix cache held; outputs as they are delivered.
+  What is computed or copied again is the system's.
+- Who passes a request that does not fit is planned once in a step, when the first does not fit. Nobody passes one without a
+  stamp: those keep vLLM's order.
+- No clock and no engine: engine and simulator drive the same object.
+
+Source: the order of charges is VTC's (arXiv:2401.00588, algorithm 2); vLLM 0.29 `v1/core/sched/scheduler.py` for the queues.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from cost_service.charges import ANONYMOUS, Account, Served, ServiceUnit
+from cost_service.service_messages import AccountReport, Share
+from replicas.bypass import Bypass, Need, Plan, Room
+from replicas.fair_queue import Admission, FairQueue, Waiting, first_of, next_of
+from replicas.preemption import Action, PreemptionDecision
+from replicas.tenant_service import TenantService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionSettings:
+    """What limits those who pass others, and how services are counted."""
+
+    look_ahead: int = 8
+    """Waiting requests that a step considers behind one that does not fit."""
+
+    bypass_tokens: int = 4096
+    """Prompt tokens that may be admitted ahead of a request that does not fit, in all its time."""
+
+    bypass_service: float = 4096.0
+    """Service at weight 1 by which a tenant may be ahead and still pass; the stated bound grows by it."""
+
+    unit: ServiceUnit = field(default_factory=ServiceUnit)
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request from its arrival to its end."""
+
+    waiting: Waiting
+    num_output_tokens: int = 0
+    """Charged so far."""
+
+    was_admitted: bool = False
+
+
+class RequestAdmission:
+    """Who is admitted next in one engine, and what everybody was served there."""
+
+    def __init__(self, admission: Admission = Admission.FAIR, settings: AdmissionSettings | None = None) -> None:
+        self.settings = settings or AdmissionSettings()
+        self.service = TenantService(self.settings.unit)
+        self.waiting, self.skipped = FairQueue(self.service, admission), FairQueue(self.service, admission)
+        self.bypass = Bypass(self.settings.bypass_tokens, self.settings.bypass_service)
+        self._requests: dict[str, _Request] = {}
+        self._plan: Plan | None = None
+        self.sequence = 0
+        """Of the last service report."""
+
+    @property
+    def admission(self) -> Admission:
+        """The order in force."""
+        return self.waiting.admission
+
+    @property
+    def is_fair(self) -> bool:
+        """Whether tenants are told apart."""
+        return self.admission is Admission.FAIR
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._requests
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self.waiting) + len(self.skipped)
+
+    def follow(self, admission: Admission) -> None:
+        """Order by another rule from now on; services are counted under either."""
+        for queue in (self.waiting, self.skipped):
+            queue.follow(admission)
+        self._plan = None
+
+    def add(
+        self, request_id: str, *, tenant: str, user: str = "", weight: float | None = None, arrival_s: float,
+        service_s: float, num_prompt_tokens: int, queue: FairQueue | None = None,
+    ) -> None:  # fmt: skip
+        """Let a request wait that has just arrived.
+
+        Args:
+            weight: Of its tenant, as whoever knows tenants says; None: as it is.
+            arrival_s: In the engine's time; it may be before its start.
+            service_s: Predicted seconds of its service alone.
+            queue: Where, if not in `waiting`.
+        """
+        assert request_id not in self._requests, f"{request_id} has arrived twice"
+        account = self.service.account(tenant, user)
+        if weight is not None and weight != self.service.weight(tenant):
+            self.service.set_weight(tenant, weight)
+        held = self.settings.unit.service(Served(num_input_tokens=num_prompt_tokens))
+        waiting = Waiting(
+            request_id=request_id, account=account, arrival_s=arrival_s, service_s=service_s, held=held
+        )  # fmt: skip
+        self._requests[request_id] = _Request(waiting)
+        (self.waiting if queue is None else queue).add(waiting)
+
+    def put_back(self, request_id: str, queue: FairQueue, *, front: bool = False) -> None:
+        """Let a request wait again: it was passed over, loads its blocks, or has given way."""
+        queue.add(self._requests[request_id].waiting, front=front)
+
+    def begin_step(self, now_s: float, holders: Iterable[str] = ()) -> None:
+        """Begin a step.
+
+        Args:
+            holders: Waiting requests that hold blocks; they go first, in this order.
+        """
+        for queue in (self.waiting, self.skipped):
+            queue.begin_step(now_s)
+        self.skipped.let_ahead(holders)
+        self._plan = None
+
+    def select(self, room: Room, need: Callable[[str], Need]) -> FairQueue | None:
+        """Return the queue whose head is to be tried next; None when nobody waits.
+
+        Args:
+            room: What the engine has left at this moment.
+            need: What a waiting request takes, in the same units; blocks of 0 for one that the engine must look at first.
+        """
+        queue = first_of(self.skipped, self.waiting)
+        if queue is None or not self.is_fair or self._plan is not None:
+            return queue
+        head = queue.peek()
+        if head.account.tenant == ANONYMOUS or room.fits(need(head.request_id)):
+            return queue
+        self._plan = self.bypass.plan([need(each.request_id) for each in self.order()], room)
+        for each in (self.waiting, self.skipped):
+            each.let_ahead(self._plan.first)
+        return first_of(self.skipped, self.waiting)
+
+    def order(self) -> list[Waiting]:
+        """Those who would be admitted next, as far as a step looks ahead."""
+        return next_of(self.skipped, self.waiting, self.settings.look_ahead)
+
+    def end_step(self, admitted: Collection[str]) -> None:
+        """End a step; `admitted` are all that got blocks in it."""
+        if self._plan is not None:
+            self.bypass.admitted(self._plan, admitted)
+        self.bypass.forget(admitted)
+
+    def admitted(
+        self, request_id: str, *, num_computed_tokens: int, num_cached_tokens: int, engine_us: int = 0
+    ) -> None:
+        """Charge what a request was admitted with.
+
+        Args:
+            num_computed_tokens: Tokens that it computes before its next output.
+            num_cached_tokens: Those that were there already, in the prefix cache or in host memory.
+            engine_us: Predicted microseconds of engine time of the former.
+        """
+        one = self._requests[request_id]
+        if one.was_admitted:
+            self.service.charge_system(Served(num_input_tokens=num_computed_tokens, engine_us=engine_us))
+            return
+        served = Served(num_computed_tokens, num_cached_tokens, 0, engine_us)
+        self.service.charge(request_id, one.waiting.account, served)
+        self.service.reserve(request_id, 0.0)
+        one.was_admitted, one.waiting = True, replace(one.waiting, held=0.0)
+
+    def delivered(self, request_id: str, num_output_tokens: int, *, token_us: float = 0.0) -> None:
+        """Charge output up to a total.
+
+        Args:
+            num_output_tokens: All that the request has had so far.
+            token_us: Predicted microseconds of engine time of a token.
+        """
+        one = self._requests[request_id]
+        num = num_output_tokens - one.num_output_tokens
+        if num > 0:
+            one.num_output_tokens = num_output_tokens
+            served = Served(num_output_tokens=num, engine_us=round(num * token_us))
+            self.service.charge("", one.waiting.account, served)
+
+    def gave_way(self, decision: PreemptionDecision) -> None:
+        """Charge what a swap is predicted to cost; what is computed again is charged when it is."""
+        if decision.action is Action.SWAP:
+            self.service.charge_system(Served(engine_us=round(decision.prices.swap_s * 1e6)))
+
+    def ended(self, request_id: str) -> None:
+        """Forget a request that has finished, or was aborted; it waits no more."""
+        if self._requests.pop(request_id, None) is not None:
+            self.service.release(request_id)
+            self.bypass.forget((request_id,))
+
+    def service_of(self, request_id: str) -> float:
+        """Normalised service of a request's tenant, for the choice of victims; 0 where tenants are not told apart."""
+        one = self._requests.get(request_id)
+        return self.service.tenant_key(one.waiting.account.tenant) if one is not None and self.is_fair else 0.0
+
+    def learn(self, shares: Iterable[Share], *, answered: int) -> None:
+        """Take the cluster's word of tenants, and which report it has had."""
+        for share in shares:
+            self.service.learn(share)
+        self.service.answered(answered)
+
+    def take_report(self, *, everything: bool = False) -> Mapping[Account, AccountReport]:
+        """Return the lines of the next report, whose number is `sequence` then."""
+        self.sequence += 1
+        return self.service.take_report(self.sequence, everything=everything)
+
+    def check(self) -> None:
+        """Assert what always holds; O(n)."""
+        self.service.check()
+        for queue in (self.waiting, self.skipped):
+            queue.check()
+            assert all(each.request_id in self._requests for each in queue), "a stranger waits"
+        both = {each.request_id for each in self.waiting} & {each.request_id for each in self.skipped}
+        assert not both, f"{both} wait twice"
