@@ -9,14 +9,14 @@ Rules:
   for ever while it waits for them (vLLM #57841).
 - Prompts are charged when a request is first admitted, without what the prefix cache held; outputs as they are delivered.
   What is computed or copied again is the system's.
-- Who passes a request that does not fit is planned once in a step, when the first does not fit. Nobody passes one without a
-  stamp: those keep vLLM's order.
+- Who passes a request that does not fit is planned when it is its turn, and again when all of the plan were tried, for
+  behind them are others. Nobody passes a request without a stamp: those keep vLLM's order.
 - No clock and no engine: engine and simulator drive the same object.
 
 Source: the order of charges is VTC's (arXiv:2401.00588, algorithm 2); vLLM 0.29 `v1/core/sched/scheduler.py` for the queues.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from cost_service.charges import ANONYMOUS, Account, Served, ServiceUnit
@@ -128,20 +128,28 @@ class RequestAdmission:
         self.skipped.let_ahead(holders)
         self._plan = None
 
-    def select(self, room: Room, need: Callable[[str], Need]) -> FairQueue | None:
+    def select(
+        self, room: Callable[[], Room], need: Callable[[str], Need], has_blocks: Callable[[str], bool]
+    ) -> FairQueue | None:
         """Return the queue whose head is to be tried next; None when nobody waits.
 
         Args:
             room: What the engine has left at this moment.
             need: What a waiting request takes, in the same units; blocks of 0 for one that the engine must look at first.
+            has_blocks: Whether a request that was taken out of a queue in this step got blocks.
         """
         queue = first_of(self.skipped, self.waiting)
-        if queue is None or not self.is_fair or self._plan is not None:
+        if queue is None or not self.is_fair:
             return queue
-        head = queue.peek()
-        if head.account.tenant == ANONYMOUS or room.fits(need(head.request_id)):
+        head, plan = queue.peek(), self._plan
+        if head.account.tenant == ANONYMOUS or (plan is not None and (head.request_id in plan.first or not plan.first)):
             return queue
-        self._plan = self.bypass.plan([need(each.request_id) for each in self.order()], room)
+        if plan is not None:
+            self._count(plan, has_blocks)
+        left = room()
+        if left.fits(need(head.request_id)):
+            return queue
+        self._plan = self.bypass.plan([need(each.request_id) for each in self.order()], left)
         for each in (self.waiting, self.skipped):
             each.let_ahead(self._plan.first)
         return first_of(self.skipped, self.waiting)
@@ -150,11 +158,15 @@ class RequestAdmission:
         """Those who would be admitted next, as far as a step looks ahead."""
         return next_of(self.skipped, self.waiting, self.settings.look_ahead)
 
-    def end_step(self, admitted: Collection[str]) -> None:
-        """End a step; `admitted` are all that got blocks in it."""
+    def end_step(self, has_blocks: Callable[[str], bool]) -> None:
+        """End a step; `has_blocks` as for `select`."""
         if self._plan is not None:
-            self.bypass.admitted(self._plan, admitted)
-        self.bypass.forget(admitted)
+            self._count(self._plan, has_blocks)
+
+    def _count(self, plan: Plan, has_blocks: Callable[[str], bool]) -> None:
+        """Count whom those of a plan have passed who got blocks."""
+        self.bypass.admitted(plan, [each for each in plan.first if has_blocks(each)])
+        self._plan = None
 
     def admitted(
         self, request_id: str, *, num_computed_tokens: int, num_cached_tokens: int, engine_us: int = 0
@@ -167,6 +179,7 @@ class RequestAdmission:
             engine_us: Predicted microseconds of engine time of the former.
         """
         one = self._requests[request_id]
+        self.bypass.forget((request_id,))
         if one.was_admitted:
             self.service.charge_system(Served(num_input_tokens=num_computed_tokens, engine_us=engine_us))
             return

@@ -113,13 +113,7 @@ class EngineAdmission:
 
     def select(self) -> FairRequestQueue | None:
         """Return the queue whose head vLLM is to try next."""
-        scheduler = self._scheduler
-        room = Room(
-            num_free_blocks=scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
-            num_batch_tokens=scheduler.max_num_scheduled_tokens,
-            num_seqs=scheduler.max_num_running_reqs - len(scheduler.running),
-        )
-        queue = self.core.select(room, self._need)
+        queue = self.core.select(self._room, self._need, self._has_blocks)
         return None if queue is None else self._queues[id(queue)]
 
     def end_step(self, output: SchedulerOutput) -> None:
@@ -140,9 +134,7 @@ class EngineAdmission:
                     request_id, num_computed_tokens=num_computed, num_cached_tokens=num_cached,
                     engine_us=max(0, round(seconds * 1e6)),
                 )  # fmt: skip
-            self.core.end_step(numbers.keys() | self._loading())
-        elif self.skipped:
-            self.core.end_step(self._loading())
+        self.core.end_step(self._has_blocks)
 
     def settle(self) -> None:
         """Charge what the running requests were given since the last time."""
@@ -173,15 +165,20 @@ class EngineAdmission:
 
     def left_idle(self) -> str | None:
         """A request that fits what the last step left and should have been admitted in it, or None; for tests."""
-        scheduler = self._scheduler
-        free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-        seqs = scheduler.max_num_running_reqs - len(scheduler.running)
-        room = Room(num_free_blocks=free, num_batch_tokens=scheduler.max_num_scheduled_tokens, num_seqs=seqs)
-        return self.core.bypass.left_idle([self._need(each.request_id) for each in self.core.order()], room)
+        return self.core.bypass.left_idle([self._need(each.request_id) for each in self.core.order()], self._room())
 
-    def _loading(self) -> set[str]:
-        loading = RequestStatus.WAITING_FOR_REMOTE_KVS
-        return {each.request_id for each in self.skipped if each.status == loading}
+    def _has_blocks(self, request_id: str) -> bool:
+        return self.requests[request_id].status in (RequestStatus.RUNNING, RequestStatus.WAITING_FOR_REMOTE_KVS)
+
+    def _room(self) -> Room:
+        """What is left for an admission; the batch's rest is vLLM's to know."""
+        scheduler, manager = self._scheduler, self._scheduler.kv_cache_manager
+        num_kept = manager.watermark_blocks if scheduler.running else 0
+        return Room(
+            num_free_blocks=manager.block_pool.get_num_free_blocks() - num_kept,
+            num_batch_tokens=scheduler.max_num_scheduled_tokens,
+            num_seqs=scheduler.max_num_running_reqs - len(scheduler.running),
+        )
 
     def _service_s(self, request: Request, stamp: Any) -> float:
         """Predicted seconds of a request's service alone."""
@@ -210,8 +207,6 @@ class EngineAdmission:
             num_encoder_tokens=0, total_computed_tokens=num_cached, num_local_computed_tokens=num_cached,
             num_tokens_main_model=num_cached + num_new, apply_admission_cap=scheduler.scheduler_reserve_full_isl,
         )  # fmt: skip
-        if scheduler.running:
-            num_blocks += manager.watermark_blocks
         chunked = scheduler.scheduler_config.enable_chunked_prefill
         return Need(
             request_id=request_id, num_blocks=num_blocks, num_tokens=num_new, key=key, weight=weight,

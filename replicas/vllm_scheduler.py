@@ -181,7 +181,8 @@ class _AdaptiveMixin(Scheduler):
         )  # fmt: skip
         if self._channel is not None:
             self._channel.send(self.totals())
-            self._report_service(self._channel)
+            if self.admission is not None and (report := self.admission.report(self._epoch)) is not None:
+                self._channel.send(report)
             if samples := self.preemptor.meter.take_samples():
                 self._channel.send(CostSamples(costs=self.preemptor.costs.to_json(), samples=samples))
 
