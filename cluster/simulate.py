@@ -133,7 +133,10 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         num_blocks = 1 + max(math.ceil(options.pool_fraction * demand), -(-longest // options.block_size))
     arms = {
         policy if len(admissions) == 1 else f"{admission}/{policy}": replace(
-            kind, settings=replace(kind.settings, num_blocks=num_blocks), admission=admission
+            kind,
+            settings=replace(kind.settings, num_blocks=num_blocks),
+            admission=admission,
+            weights=workload.weights(),
         )
         for admission in admissions
         for policy, kind in kinds.items()

@@ -18,7 +18,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 
-from cluster.simulated_blocks import NO_HIT
+from cluster.simulated_admission import SimulatedAdmission
+from cluster.simulated_fairness import FairWaiting
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_queue import FirstCome, WaitingQueue
 from cluster.simulated_request import SimulatedRequest, Status
@@ -74,8 +75,12 @@ class SimulatedEngine:
         self._step: Step | None = None
         self._preempted: list[SimulatedRequest] = []
         self.leaving: list[SimulatedRequest] = []
-        self._holders: set[SimulatedRequest] = set()
+        self.holders: set[SimulatedRequest] = set()
         """Those who wait and hold blocks for a load."""
+        self.fair = self.waiting if isinstance(self.waiting, FairWaiting) else None
+        if self.fair is not None:
+            self.fair.attach(self)
+        self._admission = SimulatedAdmission(self)
         self._gone: dict[str, SimulatedRequest] = {}
         """Those who have left while blocks were loaded for them."""
 
@@ -111,6 +116,8 @@ class SimulatedEngine:
         """End the step under way and begin the next; return those who have finished, and those who have left."""
         assert now_s == self.next_s, f"called at {now_s} s instead of {self.next_s} s"
         over = self._end_step(now_s)
+        if self.fair is not None:
+            self.fair.take_in()
         for request in self.leaving:
             if request.status is not Status.FINISHED:
                 self._leave(request)
@@ -134,6 +141,8 @@ class SimulatedEngine:
 
     def _begin_step(self, now_s: float) -> None:
         self._preempted = []
+        if self.fair is not None:
+            self.fair.begin_step(now_s)
         closed = self.preemption is not None and self.preemption.make_room(self, now_s)
         self._grow(now_s)
         step = self._step = Step(
@@ -143,7 +152,7 @@ class SimulatedEngine:
         budget = self._continue_prefill(step, self.settings.max_num_batched_tokens - step.num_decodes, now_s)
         closed = closed or bool(self._preempted)
         if not closed:
-            self._admit(step, budget, now_s)
+            self._admission.admit(step, budget, now_s)
         self.least_free_blocks = min(self.least_free_blocks, self.blocks.num_free)
         wait_s = self.preemption.copy(now_s) if self.preemption is not None else 0.0
         if self._observe is not None:
@@ -173,6 +182,12 @@ class SimulatedEngine:
 
     def _is_quiet(self) -> bool:
         """Whether nobody will be admitted while those who run only decode: all who wait were tried in this step."""
+        if (
+            self.fair is not None
+            and len(self.running) < self.settings.max_num_seqs
+            and self.num_requests > len(self.running)
+        ):
+            return False  # the order changes with what tenants get
         if self.preemption is None:
             return True
         if any(request.status is not Status.LOADING for request in self.loading):
@@ -217,75 +232,6 @@ class SimulatedEngine:
         step.prefills.append((request, request.num_computed, num_new))
         self.running.extend(request, num_new, num_blocks)
         return budget - num_new
-
-    def _admit(self, step: Step, budget: int, now_s: float) -> None:
-        """Admit those whose turn it is while there is room, in every respect."""
-        passed: list[SimulatedRequest] = []
-        while budget > 0 and (self.loading or self.waiting) and len(self.running) < self.settings.max_num_seqs:
-            request = self.loading[0] if self.loading else self.waiting.peek(now_s)
-            if request.status is Status.LOADING and request.request_id in self.loaded:
-                self.loaded.remove(request.request_id)
-                request.num_full_blocks = request.num_computed // self.settings.block_size
-                self.blocks.cache(request.holding, request.num_full_blocks)
-                request.status = Status.PREEMPTED
-            if request.status is not Status.LOADING:
-                num_new = self._allocate(step, request, budget, now_s)
-                if num_new is None:
-                    break
-                budget -= num_new
-            if self.loading:
-                del self.loading[0]
-            else:
-                self.num_waiting_tokens -= self.waiting.pop(now_s).num_tokens
-            if request.status is not Status.RUNNING:
-                passed.append(request)
-        self.loading[:0] = passed
-
-    def _allocate(self, step: Step, request: SimulatedRequest, budget: int, now_s: float) -> int | None:
-        """Give a waiting request its blocks: it runs then, or loads (0 tokens); None: it must wait, and all behind it.
-
-        One that can load, but not yet, is passed over: 0 tokens too.
-        """
-        settings, blocks = self.settings, self.blocks
-        hit, loaded, asynchronous = NO_HIT, 0, False
-        num_computed, num_held = request.num_computed, request.num_blocks
-        if num_computed == 0:
-            hit = blocks.find(request.holding, (request.num_tokens - 1) // settings.block_size)
-            num_computed, num_held = hit.num_blocks * settings.block_size, hit.num_blocks
-            if self.preemption is not None:
-                loadable, asynchronous = self.preemption.num_loadable_tokens(request, num_computed, now_s)
-                if loadable is None:
-                    return 0
-                loaded = loadable
-                num_computed += loaded
-        num_new = 0 if asynchronous else request.num_tokens - num_computed
-        if num_new > budget:
-            if not settings.enable_chunked_prefill:
-                return None
-            num_new = budget
-        kept = self.watermark_blocks if self.running else 0
-        num_all = max(0, self.running.num_blocks_of(request.num_tokens) - num_held) if settings.reserve_full_isl else 0
-        num_blocks = self.running.num_blocks_of(num_computed + num_new)
-        num_wanted = max(0, num_blocks - num_held)
-        reserved = self._num_reserved() if asynchronous else 0
-        if max(num_all, num_wanted + reserved) + hit.num_free_blocks + kept > blocks.num_free:
-            return None
-        if request.num_computed == 0:
-            blocks.hold(request.holding, hit)
-            request.num_blocks = request.num_full_blocks = hit.num_blocks
-        request.num_computed = num_computed
-        if asynchronous:
-            blocks.take(num_wanted)
-            request.num_blocks = num_blocks
-            request.status = Status.LOADING
-            self._holders.add(request)
-        else:
-            self._holders.discard(request)
-            step.prefills.append((request, num_computed, num_new))
-            self.running.start(request, num_new, num_blocks)
-        if self.preemption is not None:
-            self.preemption.load(request, loaded, now_s)
-        return num_new
 
     def preempt(self, request: SimulatedRequest, now_s: float) -> None:
         """Take a running request's blocks away; it waits again, ahead of all others."""
@@ -337,6 +283,8 @@ class SimulatedEngine:
                 finished.append(request)
         for request in finished:
             request.status, request.finish_s = Status.FINISHED, now_s
+            if self.fair is not None:
+                self.fair.ended(request)
             self.running.end(request)
             if self.preemption is not None:
                 self.preemption.forget(request)
@@ -360,7 +308,9 @@ class SimulatedEngine:
         else:
             self.waiting.remove(request)
             self.num_waiting_tokens -= request.num_tokens
-        self._holders.discard(request)
+        if self.fair is not None:
+            self.fair.ended(request)
+        self.holders.discard(request)
         if self.preemption is not None:
             self.preemption.forget(request)
         if request.status is Status.LOADING and request.request_id not in self.loaded:
@@ -370,10 +320,6 @@ class SimulatedEngine:
             if request.num_blocks:
                 self.running.free(request)
         request.status = Status.ABORTED
-
-    def _num_reserved(self) -> int:
-        """Blocks that requests with loads under way will still want."""
-        return sum(max(0, self.running.num_blocks_of(one.num_tokens) - one.num_blocks) for one in self._holders)
 
     def _show(self, observe: Observer, step: Step) -> None:
         late = {request for request, _, _ in step.prefills}
@@ -390,7 +336,7 @@ class SimulatedEngine:
 
     def check(self) -> None:
         """Assert that every block and request is in one place; between two calls of `run`."""
-        self.running.check(self._step, [*self._holders, *self._gone.values()])
+        self.running.check(self._step, [*self.holders, *self._gone.values()])
         assert all(request.status is not Status.RUNNING for request in self.loading), "a request waits and runs"
         if self.preemption is not None and self.preemption.swaps is not None:
             self.preemption.swaps.pool.check()

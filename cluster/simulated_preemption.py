@@ -52,7 +52,7 @@ class SimulatedPreemption:
 
     def make_room(self, engine: "SimulatedEngine", now_s: float) -> bool:
         """Preempt ahead of the running loop what it would otherwise have to; whether anybody was."""
-        engine.loading.sort(key=lambda request: request.status is not Status.LOADING)
+        engine.loading.sort(key=lambda request: not request.num_blocks)
         if not self.preemptor.ahead or self.swaps is None or len(engine.running) < 2:
             return False
         missing = engine.running.num_missing_blocks()
@@ -92,6 +92,8 @@ class SimulatedPreemption:
             decision, now_s=now_s, num_tokens=request.num_computed, num_running=max(1, len(engine.running)),
             num_copied_blocks=num_copied or 0,
         )  # fmt: skip
+        if engine.fair is not None:
+            engine.fair.core.gave_way(decision)
 
     def num_loadable_tokens(
         self, request: SimulatedRequest, num_cached_tokens: int, now_s: float
@@ -167,6 +169,9 @@ class SimulatedPreemption:
 
     def _line_up_preempted(self, engine: "SimulatedEngine", now_s: float) -> None:
         """Let those who gave way come back in the order of their arrival."""
+        if engine.fair is not None:
+            engine.fair.line_up_preempted()
+            return
         victims = []
         while engine.waiting and engine.waiting.peek(now_s).status is Status.PREEMPTED:
             victims.append(engine.waiting.pop(now_s))
@@ -181,6 +186,7 @@ class SimulatedPreemption:
         return Candidate(
             request_id=request.request_id,
             tenant=request.tenant,
+            service=engine.fair.core.service_of(request.request_id) if engine.fair is not None else 0.0,
             num_tokens=request.num_computed,
             num_blocks=request.num_blocks,
             num_freed_blocks=request.num_blocks - num_shared,

@@ -1,23 +1,26 @@
 """What the replicas of a simulated cluster are like, and the engines that run there."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from cluster.bench_arm import STOCK
 from cluster.simulated_engine import SimulatedEngine
+from cluster.simulated_fairness import FairWaiting
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_queue import FirstCome, WaitingQueue
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_swaps import SimulatedSwaps
 from cluster.simulated_time import StepTimes
 from cost_service.snapshot import CostSnapshot
+from replicas.admission import RequestAdmission
 from replicas.config import PreemptionPolicy, SwapConfig
+from replicas.fair_queue import Admission
 from replicas.guard import GuardSettings
 from replicas.preemptor import Preemptor
 from replicas.throttled_link import LinkSettings, ThrottledLink
 
-FIRST_COME = "first-come"
-ADMISSIONS: dict[str, type[WaitingQueue]] = {FIRST_COME: FirstCome}
-"""Waiting queues by name."""
+FIRST_COME = Admission.FIRST_COME.value
+ADMISSIONS = tuple(admission.value for admission in Admission)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,9 @@ class ReplicaKind:
     """vLLM's own preemption, or a `PreemptionPolicy`."""
 
     admission: str = FIRST_COME
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of tenants, for fair admission; 1 for others."""
+
     host_bytes: int = 0
     """Host memory of one replica."""
 
@@ -64,9 +70,14 @@ class ReplicaBuilder:
     def __call__(self, number: int) -> SimulatedEngine:
         """Return a fresh engine for a replica."""
         kind = self.kind
-        waiting = ADMISSIONS[kind.admission]()
+        waiting: WaitingQueue = FirstCome()
+        if kind.admission == Admission.FAIR:
+            waiting = FairWaiting(RequestAdmission(), kind.costs, weights=kind.weights)
         if kind.policy == STOCK:
-            return SimulatedEngine(kind.settings, kind.times, waiting=waiting)
+            preemption = None
+            if kind.admission == Admission.FAIR:  # our scheduler without a connector, which learns how long steps take
+                preemption = SimulatedPreemption(Preemptor(PreemptionPolicy.RECOMPUTE, kind.costs), None)
+            return SimulatedEngine(kind.settings, kind.times, waiting=waiting, preemption=preemption)
         policy, link = PreemptionPolicy(kind.policy), None
         if kind.link is not None:
             link = self._links.setdefault(number // kind.replicas_per_host, ThrottledLink(kind.link))
@@ -86,4 +97,4 @@ def ample(kind: ReplicaKind) -> ReplicaKind:
     """The same with vLLM's own preemption and more KV blocks than anybody needs."""
     settings = kind.settings
     most = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size)
-    return replace(kind, policy=STOCK, settings=replace(settings, num_blocks=1 + most))
+    return replace(kind, policy=STOCK, admission=FIRST_COME, settings=replace(settings, num_blocks=1 + most))

@@ -21,9 +21,11 @@ from dataclasses import dataclass, field, replace
 
 from cost_service.charges import ANONYMOUS, Account, Served, ServiceUnit
 from cost_service.service_messages import AccountReport, Share
+from cost_service.snapshot import CostSnapshot
 from replicas.bypass import Bypass, Need, Plan, Room
 from replicas.fair_queue import Admission, FairQueue, Waiting, first_of, next_of
 from replicas.preemption import Action, PreemptionDecision
+from replicas.preemption_cost import prefill_s
 from replicas.tenant_service import TenantService
 
 
@@ -64,6 +66,8 @@ class RequestAdmission:
         self.bypass = Bypass(self.settings.bypass_tokens, self.settings.bypass_service)
         self._requests: dict[str, _Request] = {}
         self._plan: Plan | None = None
+        self.selected: FairQueue | None = None
+        """What `select` has returned last."""
         self.sequence = 0
         """Of the last service report."""
 
@@ -138,7 +142,7 @@ class RequestAdmission:
             need: What a waiting request takes, in the same units; blocks of 0 for one that the engine must look at first.
             has_blocks: Whether a request that was taken out of a queue in this step got blocks.
         """
-        queue = first_of(self.skipped, self.waiting)
+        self.selected = queue = first_of(self.skipped, self.waiting)
         if queue is None or not self.is_fair:
             return queue
         head, plan = queue.peek(), self._plan
@@ -152,7 +156,8 @@ class RequestAdmission:
         self._plan = self.bypass.plan([need(each.request_id) for each in self.order()], left)
         for each in (self.waiting, self.skipped):
             each.let_ahead(self._plan.first)
-        return first_of(self.skipped, self.waiting)
+        self.selected = first_of(self.skipped, self.waiting)
+        return self.selected
 
     def order(self) -> list[Waiting]:
         """Those who would be admitted next, as far as a step looks ahead."""
@@ -237,3 +242,13 @@ class RequestAdmission:
             assert all(each.request_id in self._requests for each in queue), "a stranger waits"
         both = {each.request_id for each in self.waiting} & {each.request_id for each in self.skipped}
         assert not both, f"{both} wait twice"
+
+
+def service_alone_s(num_prompt_tokens: int, num_output_tokens: int, *, costs: CostSnapshot, step_s: float) -> float:
+    """Predicted seconds of a request's service alone, as response ratios count it.
+
+    Args:
+        num_output_tokens: Predicted.
+        step_s: Seconds of a step as of late.
+    """
+    return prefill_s([(0, num_prompt_tokens)], num_decodes=0, costs=costs) + num_output_tokens * step_s

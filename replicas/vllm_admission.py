@@ -12,9 +12,8 @@ Source: vLLM 0.29 `v1/core/sched/scheduler.py` (`schedule`, the waiting loop), `
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from replicas.admission import RequestAdmission
+from replicas.admission import RequestAdmission, service_alone_s
 from replicas.bypass import Need, Room
 from replicas.fair_queue import FairQueue
 from replicas.messages import ServiceReport, SetShares
@@ -95,10 +94,14 @@ class EngineAdmission:
             return
         stamp = stamp_of(request)
         self.requests[request_id] = request
+        num_output, preemptor = remaining_tokens(stamp, 0, request.max_tokens), self._preemptor
         self.core.add(
             request_id, tenant=tenant_in(stamp), user=user_in(stamp), queue=queue,
             weight=weight_in(stamp) if TENANT in stamp else None, arrival_s=time.monotonic() - age_s_in(stamp),
-            service_s=self._service_s(request, stamp), num_prompt_tokens=request.num_tokens,
+            num_prompt_tokens=request.num_tokens,
+            service_s=service_alone_s(
+                request.num_tokens, num_output, costs=preemptor.costs, step_s=preemptor.step_s
+            ),
         )  # fmt: skip
 
     def begin_step(self) -> None:
@@ -106,7 +109,9 @@ class EngineAdmission:
         holders: list[str] = []
         if self.skipped:
             loading = RequestStatus.WAITING_FOR_REMOTE_KVS
-            holders = [each.request_id for each in self.skipped if each.status == loading]
+            holders = [
+                each.request_id for each in self.skipped if each.status == loading or each.num_computed_tokens > 0
+            ]
         if len(self.core):
             self.settle()
         self.core.begin_step(time.monotonic(), holders)
@@ -179,12 +184,6 @@ class EngineAdmission:
             num_batch_tokens=scheduler.max_num_scheduled_tokens,
             num_seqs=scheduler.max_num_running_reqs - len(scheduler.running),
         )
-
-    def _service_s(self, request: Request, stamp: Any) -> float:
-        """Predicted seconds of a request's service alone."""
-        num_output = remaining_tokens(stamp, 0, request.max_tokens)
-        prompt_s = prefill_s([(0, request.num_tokens)], num_decodes=0, costs=self._preemptor.costs)
-        return prompt_s + num_output * self._preemptor.step_s
 
     def _token_us(self) -> float:
         """Microseconds of engine time that a token takes: those who run share the step."""

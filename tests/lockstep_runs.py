@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.simulated_engine import SimulatedEngine
+from cluster.simulated_fairness import FairWaiting
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_request import SimulatedRequest, prefix_parts
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_time import LinearTimes, StepTimes
 from cost_service.traces import HASH_TOKENS, TraceRequest
+from replicas.request_stamp import TENANT, make_stamp
 from tests.engine_runs import BLOCK_SIZE
 
 StepSeen = tuple[list[tuple[str, int]], list[str]]
@@ -47,7 +49,21 @@ class Case:
     """Whether prompts begin alike."""
     equal: bool = True
     """Whether some of those prompts are the same from end to end."""
+    tenants: int = 0
+    """How many, of which each asks for twice as much as the next; 0: requests have no stamps."""
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def stamp(self, one: Arrival) -> dict[str, Any] | None:
+        """What the ingress would have stamped into a request."""
+        if not self.tenants:
+            return None
+        chance = random.Random(one.name).random()
+        number = min(self.tenants - 1, int(-math.log2(1.0 - chance)))
+        length = max(1, round(one.output_tokens * (0.5 + chance)))
+        return make_stamp(
+            tenant=f"t{number}", user=f"u{int(one.name) % 3}", weight=1.0 + number % 2, median_tokens=length,
+            upper_tokens=2 * length,
+        )  # fmt: skip
 
     def arrivals(self) -> list[Arrival]:
         rng = random.Random(self.seed)
@@ -82,6 +98,8 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = self.start_s = self.end_s = 0.0
         """Now, and of the step that the simulation has begun."""
+        self.added_s = 0.0
+        """When the step's requests arrive."""
         self.executed_s = 0.0
         """When the step began that the scheduler's runner executes."""
 
@@ -112,9 +130,13 @@ def of_vllm(scheduler: Any, case: Case, execute: Any = None, clock: Clock | None
     rng = random.Random(case.seed + 1)
     step = 0
     while step < case.steps:
+        if clock is not None:
+            clock.now_s = clock.added_s
         while arrivals and arrivals[-1].step <= step:
             one = arrivals.pop()
-            params = SamplingParams(max_tokens=one.output_tokens, ignore_eos=True, detokenize=False)
+            params = SamplingParams(
+                max_tokens=one.output_tokens, ignore_eos=True, detokenize=False, extra_args=case.stamp(one)
+            )
             scheduler.add_request(
                 Request(one.name, list(one.prompt), params, None, arrival_time=float(one.name), block_hasher=hasher)
             )
@@ -152,14 +174,19 @@ def of_simulation(
     preemption: SimulatedPreemption | None = None,
     clock: Clock | None = None,
     times: StepTimes = TIMES,
+    waiting: FairWaiting | None = None,
 ) -> Iterator[StepSeen]:
     """Run the simulated engine; yield the same."""
     seen: list[StepSeen] = []
-    engine = SimulatedEngine(settings, times, preemption=preemption, observe=lambda *step: seen.append(step))
+    engine = SimulatedEngine(
+        settings, times, waiting=waiting, preemption=preemption, observe=lambda *step: seen.append(step)
+    )
     arrivals = case.arrivals()[::-1]
     leaving: dict[int, list[SimulatedRequest]] = {}
     now_s = 0.0
     for step in range(case.steps):
+        if clock is not None:
+            clock.added_s = now_s
         while arrivals and arrivals[-1].step <= step:
             one = arrivals.pop()
             asked = TraceRequest(
@@ -167,9 +194,10 @@ def of_simulation(
                 prefix_hashes=one.prefix_hashes,
             )  # fmt: skip
             prefix = prefix_parts(asked, block_size=BLOCK_SIZE)
+            stamp = case.stamp(one) or {}
             request = SimulatedRequest(
-                one.name, tenant="", arrival_s=float(one.name), prompt_tokens=len(one.prompt),
-                output_tokens=one.output_tokens, prefix=prefix,
+                one.name, tenant=stamp.get(TENANT, ""), stamp=stamp, arrival_s=float(one.name),
+                prompt_tokens=len(one.prompt), output_tokens=one.output_tokens, prefix=prefix,
             )  # fmt: skip
             engine.add(request, now_s)
             leaving.setdefault(one.leaves, []).append(request)

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from cluster.simulated_fairness import FairWaiting
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_swaps import SimulatedSwaps
 from cluster.simulated_time import LinearTimes
 from cost_service.snapshot import CostSnapshot
+from replicas.admission import RequestAdmission
 from replicas.config import PreemptionPolicy, SwapConfig
 from replicas.guard import GuardSettings
 from replicas.preemptor import Preemptor
@@ -82,7 +84,7 @@ def clocked(runner: StampingRunner, clock: Clock) -> Callable[[Any], Any]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """One clock for vLLM's scheduler, ours, and the connector."""
     clock = Clock()
-    for module in ("vllm_scheduler", "vllm_swap", "vllm_swap_worker"):
+    for module in ("vllm_scheduler", "vllm_admission", "vllm_swap", "vllm_swap_worker"):
         monkeypatch.setattr(f"replicas.{module}.time", clock)
     monkeypatch.setattr("vllm.v1.core.sched.scheduler.time", clock)
     return clock
@@ -129,8 +131,23 @@ CASES = {
     "adaptive, beside the engine": Clocked(case=case(39, num_blocks=60), beside=True),
     "swap, beside the engine": Clocked(case=case(40, settings=CACHING), policy="swap", beside=True),
     "swap, slow link": Clocked(case=case(34), policy="swap", slow_link=True),
+    "fair, recompute": Clocked(case=case(41, tenants=3), policy="recompute"),
+    "fair, adaptive": Clocked(case=case(42, tenants=3)),
+    "fair, adaptive, shared prefixes": Clocked(
+        case=case(43, tenants=2, interval=5.0, shared=True, num_blocks=90, output=(100, 300), settings=CACHING)
+    ),
+    "fair, adaptive, long and short prompts": Clocked(
+        case=case(
+            44, tenants=3, prompt=(1, 500), num_blocks=60, output=(1, 80), settings={"max_num_batched_tokens": 64}
+        )
+    ),
+    "fair, swap, slow link": Clocked(case=case(45, tenants=3), policy="swap", slow_link=True),
+    "fair, adaptive, beside the engine": Clocked(case=case(46, tenants=3, num_blocks=60), beside=True),
     "swap, slow link, prefix cache": Clocked(case=case(35, settings=CACHING), policy="swap", slow_link=True),
 }
+
+
+GUARDED = ("adaptive, guarded", "fair, adaptive, beside the engine")
 
 
 def remembered(preemptor: Preemptor) -> tuple[object, ...]:
@@ -170,11 +187,18 @@ def test_with_one_clock_both_decide_and_learn_the_same(tiny_model: Path, clock: 
     preemptor = Preemptor(PreemptionPolicy(one.policy), COSTS, meter=swaps.scheduling.meter, guard=GuardSettings())
     times = replace(TIMES, token_s=one.slowness * TIMES.token_s)
     preemption = SimulatedPreemption(preemptor, swaps)
-    simulation = of_simulation(settings_of(scheduler), one.case, preemption, clock, times)
+    waiting = FairWaiting(RequestAdmission(), COSTS) if one.case.tenants else None
+    simulation = of_simulation(settings_of(scheduler), one.case, preemption, clock, times, waiting)
     vllm = of_vllm(scheduler, one.case, clocked(runner, clock), clock)
     for step, (ours, theirs) in enumerate(zip(simulation, vllm, strict=True)):
         assert ours == theirs, f"step {step}"
         assert remembered(preemptor) == remembered(scheduler.preemptor), f"step {step}"
+        if waiting is not None and step % 50 == 0:
+            waiting.settle()
+            scheduler.admission.settle()
+            both = [admission.core.service.totals() for admission in (waiting, scheduler.admission)]
+            tokens = [{account: served[:3] for account, served in one.items()} for one in both]
+            assert tokens[0] == tokens[1], f"step {step}"
     assert swaps.num_swapped_in_blocks == scheduler.num_swapped_in_blocks
     assert sum(preemptor.num_preemptions.values()) > 25
-    assert (preemptor.num_guarded_steps > 0) == (name == "adaptive, guarded")
+    assert (preemptor.num_guarded_steps > 0) == (name in GUARDED)
