@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kind_arguments(parser)
     add("--crash-interval-s", type=float, default=math.inf, help="a replica's mean time to a crash (default: never)")
     add("--restart-s", type=float, default=60.0, help="until it is back (default: 60)")
+    add("--fixed-costs", action="store_true", help="costs of preemptions stay as they are, instead of being learned")
     add("--lose", action="store_true", help="what a crashed replica had is lost, and not sent again")
     add("--check", action="store_true", help="assert all invariants after each event; slow")
     add("--plan", metavar="CONDITIONS", help="fewest replicas for which they hold, such as 'ttft_p99<2s,tpot_p99<50ms'")
@@ -137,6 +138,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
             settings=replace(kind.settings, num_blocks=num_blocks),
             admission=admission,
             weights=workload.weights(),
+            learn=not options.fixed_costs,
         )
         for admission in admissions
         for policy, kind in kinds.items()

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 from cluster.simulated_request import SimulatedRequest, Status
 from cluster.simulated_swaps import SimulatedSwaps
+from cost_service.learner import CostLearner
+from cost_service.service import REFIT_INTERVAL_S
+from cost_service.snapshot import CostSnapshot
 from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Candidate, Pressure
 from replicas.preemption_meter import Prefill
@@ -25,17 +28,41 @@ REPORT_INTERVAL_S = 0.1
 """As `replicas.vllm_scheduler.TOTALS_INTERVAL_S`."""
 
 
+class SimulatedCosts:
+    """The cost service of a simulated cluster: what all replicas of one kind have measured, learned as the product does."""
+
+    def __init__(self, start: CostSnapshot) -> None:
+        """Begin with what is believed before anything is measured."""
+        self._learner = CostLearner(start)
+        self._next_refit_s = 0.0
+        self._has_news = False
+
+    def exchange(self, preemptor: Preemptor, now_s: float) -> None:
+        """Take what a replica has measured, and give it the newest costs."""
+        if samples := preemptor.meter.take_samples():
+            self._learner.observe(samples)
+            self._has_news = True
+        if self._has_news and now_s >= self._next_refit_s:
+            self._next_refit_s, self._has_news = now_s + REFIT_INTERVAL_S, False
+            self._learner.refit()
+        if preemptor.costs.version < self._learner.snapshot.version:
+            preemptor.costs = self._learner.snapshot
+
+
 class SimulatedPreemption:
     """The decisions of one simulated engine."""
 
-    def __init__(self, preemptor: Preemptor, swaps: SimulatedSwaps | None) -> None:
+    def __init__(
+        self, preemptor: Preemptor, swaps: SimulatedSwaps | None, costs: "SimulatedCosts | None" = None
+    ) -> None:
         """Begin without requests.
 
         Args:
             preemptor: With the meter of `swaps`, if there are any.
             swaps: None: nothing is ever swapped.
+            costs: Where they are learned; None: they stay as they are.
         """
-        self.preemptor, self.swaps = preemptor, swaps
+        self.preemptor, self.swaps, self._costs = preemptor, swaps, costs
         self._decided: dict[str, PreemptionDecision] = {}
         self._next_report_s = 0.0
         self._reported = (0, 0)
@@ -166,6 +193,8 @@ class SimulatedPreemption:
             now_s, num_tokens=num_tokens - before_tokens, num_preemptions=num_preemptions - before_preemptions,
             num_running=num_running,
         )  # fmt: skip
+        if self._costs is not None:
+            self._costs.exchange(self.preemptor, now_s)
 
     def _line_up_preempted(self, engine: "SimulatedEngine", now_s: float) -> None:
         """Let those who gave way come back in the order of their arrival."""

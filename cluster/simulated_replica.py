@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from cluster.bench_arm import STOCK
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_fairness import FairWaiting
-from cluster.simulated_preemption import SimulatedPreemption
+from cluster.simulated_preemption import SimulatedCosts, SimulatedPreemption
 from cluster.simulated_queue import FirstCome, WaitingQueue
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_swaps import SimulatedSwaps
@@ -50,6 +50,8 @@ class ReplicaKind:
 
     replicas_per_host: int = 1
     guard: bool = True
+    learn: bool = False
+    """Whether costs are learned from what replicas measure, all together; else they stay as they are."""
 
     def __post_init__(self) -> None:
         if self.policy != STOCK and self.policy not in list(PreemptionPolicy):
@@ -65,6 +67,7 @@ class ReplicaBuilder:
 
     def __init__(self, kind: ReplicaKind) -> None:
         self.kind = kind
+        self._costs = SimulatedCosts(kind.costs) if kind.learn else None
         self._links: dict[int, ThrottledLink] = {}
 
     def __call__(self, number: int) -> SimulatedEngine:
@@ -89,7 +92,7 @@ class ReplicaBuilder:
             policy, kind.costs, meter=swaps.scheduling.meter, guard=GuardSettings() if kind.guard else None
         )
         return SimulatedEngine(
-            kind.settings, kind.times, waiting=waiting, preemption=SimulatedPreemption(preemptor, swaps)
+            kind.settings, kind.times, waiting=waiting, preemption=SimulatedPreemption(preemptor, swaps, self._costs)
         )
 
 
