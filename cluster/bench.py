@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cluster import models
-from cluster.bench_arm import OFFLOAD, STOCK, EngineSettings
+from cluster.bench_arm import ADMISSIONS, FIRST_COME, OFFLOAD, STOCK, EngineSettings
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
 from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder, number_in
 from cluster.bench_progress import Progress
@@ -50,6 +50,14 @@ OFF_PRESSURE = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="stock,swap", metavar="A,B", help=f"arms, of {', '.join(POLICIES)}")
+    parser.add_argument(
+        "--admission", default=FIRST_COME, metavar="A,B", help=f"orders of those who wait, of {', '.join(ADMISSIONS)}"
+    )
+    parser.add_argument(
+        "--known-lengths",
+        action="store_true",
+        help="engines know how long answers will be (default: they predict it from those that have ended)",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="counted runs per arm (default: 3)")
     parser.add_argument(
         "--vary-seed", action="store_true", help="other requests in every repeat, the same for all arms"
@@ -169,9 +177,12 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
         load_format="dummy" if dummy else "auto",
         threads=options.threads,
         accelerator=accelerator,
+        weights=dict(workload.weights()),
+        known_lengths=options.known_lengths,
     )
     return Plan(
         policies=tuple(options.policy.split(",")),
+        admissions=tuple(options.admission.split(",")),
         workload=workload,
         workloads=workloads,
         dropped=dict(dropped),
@@ -227,15 +238,7 @@ def check_options(given: dict[str, Any], accelerator: str) -> None:
     Raises:
         ValueError: An option is wrong.
     """
-    policies = given["policy"].split(",")
-    if unknown := [policy for policy in policies if policy not in POLICIES]:
-        raise ValueError(f"--policy has no {unknown[0]!r}: use some of {', '.join(POLICIES)}.")
-    if len(set(policies)) != len(policies):
-        raise ValueError("--policy names an arm twice: name each once.")
-    if accelerator == "cpu" and (OFFLOAD in policies or (not given["model"] and given["random_model"] in DUMMY)):
-        raise ValueError(
-            f"The arm {OFFLOAD} and the models {', '.join(DUMMY)} need an NVIDIA GPU: leave them out here."
-        )
+    _check_arms(given, accelerator)
     if given["check_exact"] and not given["model"] and given["random_model"] in DUMMY:
         raise ValueError("--check-exact needs weights: name a --model, or a smaller --random-model.")
     for name in ("repeats", "max_num_seqs", "threads", "limit_s"):
@@ -247,6 +250,21 @@ def check_options(given: dict[str, Any], accelerator: str) -> None:
         raise ValueError("--host-pool-bytes must not be negative; 0 turns swapping off.")
     if (path := given["json"]) and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ValueError("--json must name a file in a folder that exists: make the folder or name another one.")
+
+
+def _check_arms(given: dict[str, Any], accelerator: str) -> None:
+    policies, admissions = given["policy"].split(","), given["admission"].split(",")
+    for option, names, known in (("policy", policies, POLICIES), ("admission", admissions, ADMISSIONS)):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"--{option} has no {unknown[0]!r}: use some of {', '.join(known)}.")
+        if len(set(names)) != len(names):
+            raise ValueError(f"--{option} names an arm twice: name each once.")
+    if OFFLOAD in policies and admissions != [FIRST_COME]:
+        raise ValueError(f"The arm {OFFLOAD} is vLLM's own and knows {FIRST_COME} alone: leave it or --admission out.")
+    if accelerator == "cpu" and (OFFLOAD in policies or (not given["model"] and given["random_model"] in DUMMY)):
+        raise ValueError(
+            f"The arm {OFFLOAD} and the models {', '.join(DUMMY)} need an NVIDIA GPU: leave them out here."
+        )
 
 
 def ample_blocks(requests: Sequence[RequestSpec], max_num_seqs: int) -> int:
@@ -297,9 +315,10 @@ def measure(plan: Plan, scratch: Path, say: Say, progress: Progress) -> dict[str
         if plan.check_exact:
             pairs = zip(results, plan.workloads, strict=True)
             arm["requests_with_other_tokens"] = sum(differing(result, ample[workload]) for result, workload in pairs)
-        if policy != STOCK and STOCK in runs:
-            report["ratio_to_stock"][policy] = ratio_to_stock(by_arm[policy], by_arm[STOCK])
-            report["added_scheduler_us_per_step"][policy] = difference_to_stock(step_us[policy], step_us[STOCK])
+        stock = plan.stock_arm
+        if stock is not None and policy != stock:
+            report["ratio_to_stock"][policy] = ratio_to_stock(by_arm[policy], by_arm[stock])
+            report["added_scheduler_us_per_step"][policy] = difference_to_stock(step_us[policy], step_us[stock])
     return report
 
 

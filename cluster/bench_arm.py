@@ -17,10 +17,14 @@ from typing import Any, Self
 from cluster.config import SCHEDULERS
 from cluster.prompts import RequestSpec
 from cluster.records import RunResult
+from replicas.fair_queue import Admission
 
 STOCK = "stock"
 OFFLOAD = "offload"
 """vLLM's own connector that offloads KV blocks to host memory, around its own scheduler."""
+
+FIRST_COME = Admission.FIRST_COME.value
+ADMISSIONS = tuple(admission.value for admission in Admission)
 
 START_TIMEOUT_S, END_TIMEOUT_S = 600.0, 10.0
 ENVIRONMENT = {
@@ -43,6 +47,15 @@ class EngineSettings:
 
     policy: str
     """`stock` (vLLM's own scheduler, no connector), `offload` (its own connector), or a preemption policy of ours."""
+
+    admission: str = FIRST_COME
+    """Who of those who wait is admitted next (`replicas.fair_queue.Admission`); vLLM's own scheduler knows `first-come`."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of tenants; 1 for others."""
+
+    known_lengths: bool = False
+    """Whether the engine is told each request's length, as its limit; else it is predicted from those that have ended."""
 
     num_kv_blocks: int | None
     """None: what vLLM finds room for."""
@@ -86,8 +99,9 @@ class EngineSettings:
                 arguments["kv_cache_memory_bytes"] = 1 << 28
         if self.policy == OFFLOAD:
             arguments["kv_offloading_size"] = self.host_pool_bytes / (1 << 30)
-        elif self.policy != STOCK:
+        elif self.policy != STOCK or self.admission != FIRST_COME:
             arguments["scheduler_cls"] = SCHEDULERS[self.accelerator]
+        if self.policy not in (STOCK, OFFLOAD):
             arguments["kv_transfer_config"] = {
                 "kv_connector": "SwapConnector",
                 "kv_connector_module_path": "replicas.vllm_swap",
@@ -95,11 +109,19 @@ class EngineSettings:
                 "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {
                     "preemption": self.policy,
+                    "admission": self.admission,
                     "host_pool_bytes": self.host_pool_bytes,
                     **self.swap,
                 },
             }
         return arguments
+
+
+def arm_names(policies: Sequence[str], admissions: Sequence[str]) -> tuple[str, ...]:
+    """Names of all arms: the policy's, after the admission's where there are several."""
+    if len(admissions) == 1:
+        return tuple(policies)
+    return tuple(f"{admission}/{policy}" for admission in admissions for policy in policies)
 
 
 class Arm:

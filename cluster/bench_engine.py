@@ -3,9 +3,10 @@
 Rules:
 - Protocol: JSON lines on stdin and stdout, one answer per line read. First the settings, answered by `{"ready": ...}`,
   then runs. stdout carries nothing else (what libraries print goes to stderr), and the end of stdin ends the process.
-- Open loop in real time: a request is added when its arrival has come, whatever the engine is busy with. Greedy, with a
-  fixed number of output tokens. The prefix cache is empty at the start of every run, and the costs are those that the
-  runs before have taught.
+- Open loop in real time: a request is added when its arrival has come, whatever the engine is busy with. Greedy. The prefix
+  cache is empty at the start of every run; costs and output lengths are believed to be what the runs before have taught.
+- A request ends when it has the tokens that it was to have: the driver aborts it then. The engine does not know that number,
+  unless lengths are known; what a scheduler of ours is told is predicted as an ingress does.
 
 Source: vLLM 0.29 `v1/engine/llm_engine.py`, `v1/engine/core.py` (`step` calls the scheduler's `schedule` and
 `update_from_output` once each), `v1/core/sched/scheduler.py` (`_preempt_request`).
@@ -26,6 +27,8 @@ from cluster.bench_arm import EngineSettings
 from cluster.prompts import RequestSpec
 from cluster.records import RequestRecord, RunResult
 from cost_service.learner import CostLearner
+from cost_service.output_length import OutputLength
+from replicas.request_stamp import make_stamp
 
 
 class Engine:
@@ -40,6 +43,7 @@ class Engine:
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self._costs_before: dict[tuple[str, str], float] = {}
         self._learner: CostLearner | None = None
+        self._lengths = OutputLength()
         self._clear()
         self._watch()
 
@@ -122,6 +126,7 @@ class Engine:
         self._clear()
         gc.collect()  # not in the middle of the run for what came before it
         pending = deque(sorted(requests, key=lambda request: request.arrival_s))
+        by_id = {request.request_id: request for request in requests}
         inner_ids: dict[str, str] = {}
         times_s: dict[str, list[float]] = {request.request_id: [] for request in requests}
         tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
@@ -140,6 +145,7 @@ class Engine:
             for output in outputs:
                 tokens[output.request_id] += output.outputs[0].token_ids
                 times_s[output.request_id].append(now_s)
+            self._end([by_id[output.request_id] for output in outputs], tokens)
         self.engine.abort_request(list(inner_ids))  # what is unfinished at the limit
         return RunResult(
             records=[
@@ -157,16 +163,33 @@ class Engine:
     def _add(self, request: RequestSpec) -> str:
         from vllm import SamplingParams, TokensPrompt
 
+        num_prompt, most = len(request.prompt_token_ids), request.output_tokens
+        if not self.settings.known_lengths:
+            most = self.settings.max_model_len - num_prompt
         params = SamplingParams(
-            temperature=0.0,
-            min_tokens=request.output_tokens,
-            max_tokens=request.output_tokens,
-            ignore_eos=True,
-            detokenize=False,
-        )
+            temperature=0.0, max_tokens=most, ignore_eos=True, detokenize=False, extra_args=self._stamp(request, most)
+        )  # fmt: skip
         params.output_kind = type(params.output_kind).DELTA  # vLLM exports no name for this type
         prompt = TokensPrompt(prompt_token_ids=list(request.prompt_token_ids))
         return str(self.engine.add_request(request.request_id, prompt, params))
+
+    def _stamp(self, request: RequestSpec, most: int) -> dict[str, Any] | None:
+        """What an ingress would have told a scheduler of ours; vLLM's own takes no stamps."""
+        if not hasattr(self.scheduler, "preemptor"):
+            return None
+        _, median, upper = self._lengths.predict(request.tenant, len(request.prompt_token_ids), most)
+        return make_stamp(
+            tenant=request.tenant, weight=self.settings.weights.get(request.tenant, 1.0),
+            median_tokens=round(median), upper_tokens=round(upper),
+        )  # fmt: skip
+
+    def _end(self, requests: Sequence[RequestSpec], tokens: Mapping[str, Sequence[int]]) -> None:
+        """Let requests go that have all their tokens, and learn how many those were."""
+        done = [request for request in requests if len(tokens[request.request_id]) >= request.output_tokens]
+        for request in done:
+            self._lengths.observe(request.tenant, len(request.prompt_token_ids), request.output_tokens)
+        if done and not self.settings.known_lengths:
+            self.engine.abort_request([request.request_id for request in done])
 
     def _record(
         self, request: RequestSpec, inner_id: str | None, times_s: Sequence[float], tokens: Mapping[str, Sequence[int]]

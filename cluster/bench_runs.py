@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.bench_arm import Arm, EngineSettings
+from cluster.bench_arm import FIRST_COME, STOCK, Arm, EngineSettings, arm_names
 from cluster.bench_figures import Calibration
 from cluster.bench_progress import Progress
 from cluster.prompts import RequestSpec
@@ -34,6 +34,7 @@ class Plan:
     """What is measured."""
 
     policies: tuple[str, ...]
+    admissions: tuple[str, ...]
     workload: Workload
     workloads: tuple[tuple[RequestSpec, ...], ...]
     """Its requests, for every repeat."""
@@ -49,6 +50,22 @@ class Plan:
     check_exact: bool
 
     @property
+    def arms(self) -> dict[str, EngineSettings]:
+        """Settings of all arms by their names, but for the KV blocks."""
+        both = [(admission, policy) for admission in self.admissions for policy in self.policies]
+        names = arm_names(self.policies, self.admissions)
+        return {
+            name: replace(self.engine, policy=policy, admission=admission)
+            for name, (admission, policy) in zip(names, both, strict=True)
+        }
+
+    @property
+    def stock_arm(self) -> str | None:
+        """The arm that is vLLM's own."""
+        own = [name for name, arm in self.arms.items() if (arm.policy, arm.admission) == (STOCK, FIRST_COME)]
+        return own[0] if own else None
+
+    @property
     def least_blocks(self) -> int:
         """KV blocks without which the engine refuses to start: one request of full length, and vLLM's null block."""
         return -(-self.engine.max_model_len // self.engine.block_size) + 1
@@ -60,12 +77,13 @@ class Plan:
     def as_report(self) -> dict[str, Any]:
         """Settings as they stand in the result file; of the model's folder only its name."""
         engine = asdict(self.engine) | {"model": Path(self.engine.model).name}
-        del engine["policy"], engine["learn"]
+        del engine["policy"], engine["admission"], engine["learn"]
         return (
             engine
             | self.workload.as_report()
             | {
                 "policies": list(self.policies),
+                "admissions": list(self.admissions),
                 "dropped_requests": self.dropped,
                 "different_workloads": len(set(self.workloads)),
                 "repeats": len(self.workloads),
@@ -119,16 +137,16 @@ def run_arms(
 ) -> dict[str, list[RunResult]]:
     """Start all arms, warm them up, and run the repeats that are not done yet in rotating order."""
     progress = progress or Progress(None, None)
-    runs = [(repeat, policy) for repeat in range(len(plan.workloads)) for policy in _rotated(plan.policies, repeat)]
+    runs = [(repeat, policy) for repeat in range(len(plan.workloads)) for policy in _rotated(tuple(plan.arms), repeat)]
     todo = [one for one in runs if not progress.has(_name(*one))]
     if len(todo) < len(runs):
         say(f"{len(runs) - len(todo)} of {len(runs)} runs were done before")
     with ExitStack() as stack:
         arms = {}
-        for policy in plan.policies if todo else ():
+        for policy, settings in plan.arms.items() if todo else ():
             say(f"Starting arm {policy} ...")
-            settings = replace(plan.engine, policy=policy, num_kv_blocks=num_blocks)
-            arms[policy] = stack.enter_context(Arm(settings, scratch / f"{policy}.log"))
+            log = scratch / f"{policy.replace('/', '-')}.log"
+            arms[policy] = stack.enter_context(Arm(replace(settings, num_kv_blocks=num_blocks), log))
         for policy, arm in arms.items():
             say(f"Warming up {policy} ...")
             arm.run(plan.workloads[0], limit_s=plan.limit_s)
@@ -144,7 +162,7 @@ def run_arms(
             )
     return {
         policy: [RunResult.of(progress.part(_name(repeat, policy), dict)) for repeat in range(len(plan.workloads))]
-        for policy in plan.policies
+        for policy in plan.arms
     }
 
 

@@ -26,6 +26,7 @@ from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, Re
 from cluster.simulation import Disturbances, Simulation
 from cluster.workload import add_workload_arguments, workload_of
 from cluster.workload_summary import describe
+from cost_service.output_length import OutputLength
 from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy
 
@@ -53,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kind_arguments(parser)
     add("--crash-interval-s", type=float, default=math.inf, help="a replica's mean time to a crash (default: never)")
     add("--restart-s", type=float, default=60.0, help="until it is back (default: 60)")
+    add(
+        "--known-lengths",
+        action="store_true",
+        help="engines know how long answers will be (default: they predict it from those that have ended)",
+    )
     add("--fixed-costs", action="store_true", help="costs of preemptions stay as they are, instead of being learned")
     add("--lose", action="store_true", help="what a crashed replica had is lost, and not sent again")
     add("--check", action="store_true", help="assert all invariants after each event; slow")
@@ -181,7 +187,7 @@ def run(options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[Trace
             seed=options.seed, crash_interval_s=options.crash_interval_s, restart_s=options.restart_s,
             resubmit=not options.lose,
         ),
-        check=options.check,
+        lengths=None if options.known_lengths else OutputLength(), check=options.check,
     )  # fmt: skip
     end_s = simulation.run(requests)
     engines = [replica.engine for replica in simulation.replicas]

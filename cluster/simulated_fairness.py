@@ -60,7 +60,7 @@ class FairWaiting:
     def take_in(self) -> None:
         """Let those wait who arrived during the step that has ended."""
         for request, arrival_s in self._arrived.items():
-            num_output = remaining_tokens(request.stamp, 0, request.output_tokens)
+            num_output = remaining_tokens(request.stamp, 0, request.max_tokens)
             self._requests[request.request_id] = request
             self.core.add(
                 request.request_id, tenant=request.tenant, user=user_in(request.stamp), arrival_s=arrival_s,

@@ -222,7 +222,7 @@ class SimulatedPreemption:
             num_surviving_tokens=min(num_surviving, request.num_computed),
             num_host_blocks=pool.num_retained_blocks(request.request_id) if pool else 0,
             num_host_slots=pool.num_available_slots(request.tenant, request.request_id) if pool else 0,
-            num_remaining_tokens=remaining_tokens(request.stamp, request.num_output, request.output_tokens),
+            num_remaining_tokens=remaining_tokens(request.stamp, request.num_output, request.max_tokens),
             num_preemptions=request.num_preemptions,
         )
 

@@ -31,6 +31,7 @@ class SimulatedRequest:
         "first_token_s",
         "holding",
         "home",
+        "max_tokens",
         "num_blocks",
         "num_computed",
         "num_full_blocks",
@@ -59,15 +60,18 @@ class SimulatedRequest:
         output_tokens: int,
         prefix: Sequence[PrefixPart] = (),
         stamp: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         """A request that has just arrived.
 
         Args:
             prefix: Of the prompt's full blocks, as far as others may share them (`prefix_parts`).
             stamp: What an ingress would have stamped into it (`replicas.request_stamp`): a predicted length.
+            max_tokens: All that the engine knows of its length; None: `output_tokens`.
         """
         self.request_id, self.tenant, self.arrival_s = request_id, tenant, arrival_s
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
+        self.max_tokens = output_tokens if max_tokens is None else max_tokens
         self.stamp: Mapping[str, Any] = stamp or {}
         self.num_preemptions = self.swaps = self.recomputes = 0
         self.home: int | None = None

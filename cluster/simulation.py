@@ -21,7 +21,9 @@ from cluster.records import RequestRecord
 from cluster.routing import Router
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_request import SimulatedRequest, Status, prefix_parts
+from cost_service.output_length import OutputLength
 from cost_service.traces import TraceRequest
+from replicas.request_stamp import OUTPUT_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,7 @@ class Simulation:
         disturbances: Disturbances | None = None,
         reader: ReportReader | None = None,
         report_interval_s: float = 0.1,
+        lengths: OutputLength | None = None,
         check: bool = False,
     ) -> None:
         """Begin with idle replicas.
@@ -139,6 +142,7 @@ class Simulation:
             build: Makes the engine of a replica, at the start and after each crash.
             done: Called with the record of each request that is over.
             reader: None: no reports are made.
+            lengths: What an ingress predicts and learns; None: engines know each request's length.
             check: Whether all that must hold is asserted after each event.
         """
         if num_replicas < 1:
@@ -148,7 +152,7 @@ class Simulation:
         self.counts = Counts()
         self.now_s = 0.0
         self._build, self._router, self._done, self._reader, self._check = build, router, done, reader, check
-        self._report_interval_s = report_interval_s
+        self._report_interval_s, self._lengths = report_interval_s, lengths
         self._chance = random.Random(self.disturbances.seed)
         self._events: list[tuple[float, int, int, Any]] = []
         self._num_events = 0
@@ -200,11 +204,16 @@ class Simulation:
         assert num == len(where) == self._num_here, f"{num} requests in {len(where)} places, {self._num_here} under way"
 
     def _arrive(self, one: TraceRequest) -> None:
-        block_size = self.replicas[0].engine.settings.block_size
-        prefix = prefix_parts(one, block_size=block_size)
+        settings = self.replicas[0].engine.settings
+        prefix = prefix_parts(one, block_size=settings.block_size)
+        most, stamp = one.output_tokens, None
+        if self._lengths is not None:
+            most = settings.max_model_len - one.prompt_tokens
+            _, median, upper = self._lengths.predict(one.tenant, one.prompt_tokens, most)
+            stamp = {OUTPUT_TOKENS: [round(median), round(upper)]}
         request = SimulatedRequest(
             str(self.counts.arrived), tenant=one.tenant, arrival_s=one.arrival_s, prompt_tokens=one.prompt_tokens,
-            output_tokens=one.output_tokens, prefix=prefix,
+            output_tokens=one.output_tokens, prefix=prefix, stamp=stamp, max_tokens=most,
         )  # fmt: skip
         self.counts.arrived += 1
         if self.disturbances.leave_share and self._chance.random() < self.disturbances.leave_share:
@@ -245,6 +254,8 @@ class Simulation:
             if request.status is Status.FINISHED:
                 assert request.num_output == request.output_tokens, f"{request.request_id} has other tokens than asked"
                 self.counts.finished += 1
+                if self._lengths is not None:
+                    self._lengths.observe(request.tenant, request.prompt_tokens, request.output_tokens)
             else:
                 self.counts.left += 1
             self._end(replica, request)

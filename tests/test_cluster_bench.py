@@ -47,6 +47,8 @@ WITHOUT_GPU = pytest.mark.skipif(has_nvidia_gpu(), reason="there is a GPU: this 
         (["--policy", "stock,swop"], "--policy has no 'swop': use some of stock, recompute, swap"),
         (["--policy", "stock,stock"], "--policy names an arm twice"),
         (["--policy", ""], "--policy has no ''"),
+        (["--admission", "fair,fare"], "--admission has no 'fare': use some of first-come, fair."),
+        (["--admission", "fair,fair"], "--admission names an arm twice"),
         pytest.param(["--policy", "stock,offload"], "The arm offload", marks=WITHOUT_GPU),
         pytest.param(["--random-model", "llama-8b"], "the models llama-8b need an NVIDIA GPU", marks=WITHOUT_GPU),
         (["--repeats", "0"], "--repeats must be above 0"),
@@ -94,6 +96,14 @@ def test_the_off_pressure_preset_fills_256_places_at_once(tmp_path: Path) -> Non
     assert {request.output_tokens for request in workload} == {64}
 
 
+def test_arms_are_all_pairs_of_admission_and_policy_and_vllms_own_is_the_one_to_compare_with(tmp_path: Path) -> None:
+    both = bench.plan_of(options("--policy", "stock,adaptive", "--admission", "first-come,fair"), tmp_path / "a")
+    assert list(both.arms) == ["first-come/stock", "first-come/adaptive", "fair/stock", "fair/adaptive"]
+    assert both.stock_arm == "first-come/stock"
+    assert bench.plan_of(options("--policy", "stock,swap"), tmp_path / "b").stock_arm == "stock"
+    assert bench.plan_of(options("--policy", "stock", "--admission", "fair"), tmp_path / "c").stock_arm is None
+
+
 def test_repeats_have_the_same_requests_unless_the_seed_shall_vary(tmp_path: Path) -> None:
     same = bench.plan_of(options("--repeats", "3"), tmp_path / "a").workloads
     other = bench.plan_of(options("--repeats", "3", "--vary-seed"), tmp_path / "b").workloads
@@ -118,7 +128,11 @@ def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
     swap = EngineSettings(policy="swap", **settings).engine_arguments()
     assert {key: swap[key] for key in stock} == stock
     assert set(swap) - set(stock) == {"scheduler_cls", "kv_transfer_config"}
-    assert swap["kv_transfer_config"]["kv_connector_extra_config"] == {"preemption": "swap", "host_pool_bytes": 77}
+    assert swap["kv_transfer_config"]["kv_connector_extra_config"] == {
+        "preemption": "swap", "admission": "first-come", "host_pool_bytes": 77
+    }  # fmt: skip
+    fair = EngineSettings(policy="stock", admission="fair", **settings).engine_arguments()
+    assert set(fair) - set(stock) == {"scheduler_cls"}  # our order alone: victims and their fate are vLLM's
     gpu = settings | {"accelerator": "gpu", "host_pool_bytes": 3 << 30}
     offload = EngineSettings(policy="offload", **gpu).engine_arguments()
     assert offload == EngineSettings(policy="stock", **gpu).engine_arguments() | {"kv_offloading_size": 3.0}

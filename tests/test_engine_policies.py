@@ -153,10 +153,13 @@ def test_who_holds_blocks_for_a_load_stands_before_those_who_hold_none(tiny_mode
             queue.add_request(request)
         before = list(queue)
         assert before[0].status != RequestStatus.WAITING_FOR_REMOTE_KVS
-        stepper.scheduler._line_up_holders()
-        assert queue[0].status == RequestStatus.WAITING_FOR_REMOTE_KVS
-        rest = [request for request in before if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS]
-        assert [request for request in queue if request in rest] == rest  # their own order stays
+        admission = stepper.scheduler.admission
+        admission.begin_step()
+        names = [each.request_id for each in admission.core.order()]
+        holders = [one.request_id for one in before if one.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
+        rest = [one.request_id for one in before if one.request_id not in holders]
+        assert names[: len(holders)] == holders
+        assert [name for name in names if name in rest] == rest[: len(names) - len(holders)]  # their own order stays
         stepper.abort(range(len(FEW)))
         stepper.finish()
 
