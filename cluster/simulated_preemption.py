@@ -83,7 +83,7 @@ class SimulatedPreemption:
         if not self.preemptor.ahead or self.swaps is None or len(engine.running) < 2:
             return False
         missing = engine.running.num_missing_blocks()
-        if missing == 0 or not self.preemptor.lead():
+        if missing == 0 or not self.preemptor.lead(is_fair=engine.fair is not None):
             return False
         engine.running.settle()
         candidates = [self._candidate(engine, request) for request in engine.running]

@@ -1,7 +1,8 @@
 """Who gives way, and whether the KV blocks of a victim are swapped out or recomputed.
 
 Rules: values in, explained decisions out; no clock, no engine, no randomness. Engine and simulator call the same objects.
-- A fixed policy takes vLLM's victim (the last running request) and always the same action where it can.
+- A fixed policy takes the last running request of the most-served tenant, which is vLLM's victim (the last of all) where
+  tenants are not told apart, and always the same action where it can.
 - The adaptive policy chooses pairs of victim and action by the lowest price per useful block.
 - A victim whose blocks cannot be swapped (unsafe here, nothing computed, no room) is recomputed, whoever decides.
 """
@@ -62,7 +63,7 @@ class Policy(Protocol):
 
 
 class FixedPolicy:
-    """The same action for everybody, on vLLM's victims."""
+    """The same action for everybody, on the last of the most-served tenant."""
 
     ahead = False
 
@@ -74,8 +75,9 @@ class FixedPolicy:
     ) -> list[PreemptionDecision]:
         """See `Policy`."""
         decisions: list[PreemptionDecision] = []
-        while candidates and (not decisions or pressure.num_needed_blocks > 0):
-            *candidates, victim = candidates
+        remaining = sorted(candidates, key=lambda each: each.service)  # equal ones keep their order
+        while remaining and (not decisions or pressure.num_needed_blocks > 0):
+            victim = remaining.pop()
             action = self._act(victim)
             why = no_swap(victim, pressure) if action is Action.SWAP else "the policy recomputes"
             if why is not None:
@@ -116,7 +118,7 @@ class AdaptivePolicy:
     horizon_tokens: float = 32.0
     """Output tokens still to come from which on a victim's blocks count fully."""
 
-    others_price_factor: float = 1.0
+    others_price_factor: float = 3.0
     """The trade-off between fairness and cost: a victim comes from the most-served tenant unless another's price per useful
     block is lower by more than this factor. 1 looks at cost alone."""
 

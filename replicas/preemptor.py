@@ -6,6 +6,8 @@ Data flow: choose -> PreemptionDecision -> carried out by the engine -> `preempt
 Rules:
 - The guard only rules over policies that choose victims themselves; while it is active their victims and actions are
   vLLM's: the last running request, recomputed. Probes are exempt.
+- Under fair admission the last one is that of the most-served tenant, guarded or not: the last of all is whom the fair order
+  has just put there, so that it would be admitted and preempted again and again.
 - No clock, no engine: engine and simulator drive the same object.
 """
 
@@ -16,7 +18,7 @@ from cost_service.snapshot import CostSnapshot
 from replicas.config import PreemptionPolicy
 from replicas.guard import Guard, GuardSettings
 from replicas.headroom import Headroom
-from replicas.preemption import Action, FixedPolicy, PreemptionDecision, policy_of
+from replicas.preemption import Action, FixedPolicy, Policy, PreemptionDecision, policy_of
 from replicas.preemption_cost import Candidate, Pressure, prefill_s
 from replicas.preemption_meter import PreemptionMeter, Prefill
 from replicas.swap_scheduling import SwapScheduling
@@ -139,25 +141,34 @@ class Preemptor:
             unsafe=unsafe,
         )
 
-    def lead(self) -> bool:
-        """Whether `choose` may take this shortage out of vLLM's hands; to be asked once for each."""
+    def lead(self, *, is_fair: bool) -> bool:
+        """Whether `choose` may take this shortage out of vLLM's hands; to be asked once for each.
+
+        Args:
+            is_fair: Whether admission tells tenants apart.
+        """
         assert self._policy.ahead, "the policy does not choose victims"
         self._probing = self.guarded and self.guard is not None and self.guard.allow_probe()
-        return not self.guarded or self._probing
+        return is_fair or not self.guarded or self._probing
 
     def choose(self, candidates: Sequence[Candidate], pressure: Pressure) -> list[PreemptionDecision]:
         """Choose victims until enough blocks are free; after `lead` said yes."""
-        decisions = self._policy.choose(candidates, pressure, self.costs)
+        policy, name = (self._policy, self.name) if self._probing else self._in_force
+        decisions = policy.choose(candidates, pressure, self.costs)
         self._probing = False
-        self._note(self.name, candidates, pressure, decisions)
+        self._note(name, candidates, pressure, decisions)
         return decisions
 
     def decide(self, victim: Candidate, pressure: Pressure) -> PreemptionDecision:
         """Choose the action for a victim of vLLM's choice."""
-        policy, name = (self._stock, PreemptionPolicy.RECOMPUTE) if self.guarded else (self._policy, self.name)
+        policy, name = self._in_force
         (decision,) = policy.choose([victim], pressure, self.costs)
         self._note(name, [victim], pressure, [decision])
         return decision
+
+    @property
+    def _in_force(self) -> tuple[Policy, PreemptionPolicy]:
+        return (self._stock, PreemptionPolicy.RECOMPUTE) if self.guarded else (self._policy, self.name)
 
     def preempted(
         self,

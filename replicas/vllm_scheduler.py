@@ -233,7 +233,7 @@ class _AdaptiveMixin(Scheduler):
         if not self.preemptor.ahead or self._memory is None or self._unsafe is not None or len(self.running) < 2:
             return False
         missing = self._memory.num_missing_blocks()
-        if missing == 0 or not self.preemptor.lead():
+        if missing == 0 or not self.preemptor.lead(is_fair=self.admission is not None and self.admission.core.is_fair):
             return False
         candidates = [self._candidate(request) for request in self.running]
         decisions = self.preemptor.choose(candidates, self._pressure(num_needed_blocks=missing))

@@ -44,7 +44,7 @@ class Engine:
         """A shortage: our choice where the preemptor leads, else vLLM's victim."""
         self.num += 1
         victim = msgspec.structs.replace(LARGE, request_id=f"r{self.num}")
-        if self.preemptor.ahead and self.preemptor.lead():
+        if self.preemptor.ahead and self.preemptor.lead(is_fair=False):
             (decision,) = self.preemptor.choose([candidate("leader", 16), victim], pressure())
         else:
             decision = self.preemptor.decide(victim, pressure())
@@ -100,6 +100,25 @@ def test_recomputations_that_cost_a_tenth_of_their_price_bring_back_what_vllm_do
     assert preemptor.headroom.num_blocks == 0
     (record,) = caplog.records
     assert "vLLM's own behaviour" in record.getMessage()
+
+
+def test_a_guarded_policy_still_takes_from_the_most_served_tenant_where_tenants_are_told_apart() -> None:
+    preemptor = adaptive()
+    engine = Engine(preemptor, token_s=COSTS.token_s / 10, swap_s=0.1)
+    for _ in range(20):
+        engine.step(Prefill(request_id="new", first=0, num_tokens=300))
+    for _ in range(40):
+        engine.preempt()
+    assert preemptor.guarded
+    while preemptor.guard.allow_probe():  # type: ignore[union-attr]
+        pass  # the next one is none
+    assert not preemptor.lead(is_fair=False)
+    assert preemptor.lead(is_fair=True)
+    running = [
+        candidate("light", 320, service=1.0), candidate("flood", 320, service=9.0), candidate("newest", 320, service=1.0)
+    ]  # fmt: skip
+    (decision,) = preemptor.choose(running, pressure())
+    assert (decision.request_id, decision.action) == ("flood", Action.RECOMPUTE)
 
 
 def test_without_a_guard_wrong_prices_go_on() -> None:
