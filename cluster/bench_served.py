@@ -102,7 +102,7 @@ class _Bench:
         if late_s := max(
             (run.latest_send_s for of in runs.values() for run in of if run.latest_send_s > LATE_S), default=0
         ):
-            say(f"The client itself was up to {late_s:.2f} s late with a request: lower the rate, or run it elsewhere.")
+            say(f"The client itself was up to {late_s:.2f} s late with a request: lower --rate, or run it elsewhere.")
         return report | ({} if done == repeats else {"partial": True, "partial_repeats": done})
 
     def _alone(self, say: Say) -> dict[str, Any]:
@@ -124,12 +124,10 @@ class _Bench:
         self._wait_until_idle()
         if arm.preemption or arm.admission:
             _follow(arm.preemption, arm.admission)
-        before = self._preempted()
+        before = self._totals()
         result = self._drive(requests, arm.url)
         self._wait_until_idle()
-        after = self._preempted()
-        counted = None if before is None or after is None else {name: after[name] - before[name] for name in after}
-        return asdict(replace(result, preempted=counted))
+        return asdict(replace(result, preempted=counted(before, self._totals())))
 
     def _drive(self, requests: Sequence[RequestSpec], url: str) -> ServedRun:
         others = with_other_tokens(requests, self.plan.vocab, random.SystemRandom())
@@ -137,17 +135,10 @@ class _Bench:
 
     def _wait_until_idle(self) -> None:
         """Let replicas end what their clients have left: until they say so, or for a moment."""
-        deadline_s = time.monotonic() + (IDLE_TIMEOUT_S if self.asked else SETTLE_S)
-        while time.monotonic() < deadline_s:
-            totals = self._totals()
-            if totals and not any(one["num_running"] + one["num_waiting"] for one in totals):
-                return
-            time.sleep(SETTLE_S / 2)
-
-    def _preempted(self) -> dict[str, int] | None:
-        """Swaps and recomputations so far; None where nobody says."""
-        totals = self._totals()
-        return {name: sum(one[name] for one in totals) for name in ("swaps", "recomputes")} if totals else None
+        deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+        time.sleep(SETTLE_S)
+        while any(one["num_running"] + one["num_waiting"] for one in self._totals()) and time.monotonic() < deadline_s:
+            time.sleep(SETTLE_S)
 
     def _totals(self) -> list[dict[str, Any]]:
         """What the replicas' engines last reported; empty where none can be asked."""
@@ -155,7 +146,7 @@ class _Bench:
             return []
         try:
             return [one["totals"] for one in status.fetch().values() if one["totals"]]
-        except (LookupError, TimeoutError):
+        except LookupError:
             return []
 
     @contextmanager
@@ -214,10 +205,19 @@ def _repeat(one: Figures, run: ServedRun) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def counted(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
+    """Swaps and recomputations between two looks; None where nobody was asked, or an engine has started anew."""
+    if not before or {one["epoch"] for one in before} != {one["epoch"] for one in after}:
+        return None
+    return {
+        name: sum(one[name] for one in after) - sum(one[name] for one in before) for name in ("swaps", "recomputes")
+    }
+
+
 def _follow(preemption: str | None, admission: str | None) -> None:
     try:
         answers = policy.switch(preemption, admission)
-    except (LookupError, TimeoutError) as error:
+    except LookupError as error:
         raise RuntimeError(f"The policy cannot be switched: {error}") from None
     if not all(answer["taken"] for answer in answers):
         raise RuntimeError("A replica did not take the policy: its engine does not answer.")

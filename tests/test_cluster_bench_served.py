@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.bench_served import counted
 from cluster.config import HOME_VARIABLE
 from cluster.report import page, read_result
 from cluster.state import SqliteStore
@@ -157,6 +158,14 @@ def test_what_was_measured_before_ctrl_c_is_kept_and_gone_on_with(
     assert "partial" not in whole
     assert whole["arms"]["ours"]["repeats"][0] == report["arms"]["ours"]["repeats"][0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["keys", "result.json", "t.csv"]
+
+
+def test_preemptions_of_a_run_are_counted_while_the_same_engines_live() -> None:
+    before = [{"epoch": "a", "swaps": 3, "recomputes": 1}, {"epoch": "b", "swaps": 0, "recomputes": 5}]
+    after = [{"epoch": "b", "swaps": 2, "recomputes": 5}, {"epoch": "a", "swaps": 4, "recomputes": 4}]
+    assert counted(before, after) == {"swaps": 3, "recomputes": 3}
+    assert counted(before, [after[0], {"epoch": "c", "swaps": 0, "recomputes": 0}]) is None
+    assert counted([], []) is None
 
 
 def test_made_tenants_live_as_long_as_the_benchmark(
