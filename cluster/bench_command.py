@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from cluster.bench_runs import Say
 
-PRIVATE = {"--key": "KEY", "--serve": "URL"}
+PRIVATE = {"--key": "KEY", "--serve": "URL", "--address": "ADDRESS"}
 """Options whose values are not told, and what stands for them."""
 
 

@@ -38,7 +38,7 @@ def add_served_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keys", type=Path, metavar="FILE", help="API keys by tenant: JSON, or lines of NAME KEY; mode 0600"
     )
-    group.add_argument("--key", help="one API key for all tenants of the workload")
+    group.add_argument("--key", help="one API key for all tenants; whoever lists processes sees it")
     group.add_argument(
         "--make-tenants", action="store_true", help="make tenants for the run, with keys in memory alone"
     )

@@ -18,6 +18,7 @@ from cluster.bench_command import command_line, parts_file, run_command
         (["bench", "--key=secret"], "bench --key=KEY"),
         (["bench", "--serve", "stock=http://secret:1/v1,b=http://secret:2"], "bench --serve URL"),
         (["bench", "--serve=http://secret:1"], "bench --serve=URL"),
+        (["bench", "--address", "ray://secret:10001"], "bench --address ADDRESS"),
         (["bench", "--keys", "/secret/file"], "bench --keys file"),
     ],
 )
