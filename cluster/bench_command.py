@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cluster.bench_runs import Say
+from cluster.synthetic import SCHEME
 
 PRIVATE = {"--key": "KEY", "--serve": "URL", "--address": "ADDRESS"}
 """Options whose values are not told, and what stands for them."""
@@ -124,7 +126,7 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
         elif equals and option in PRIVATE:
             told.append(f"{option}={PRIVATE[option]}")
         else:
-            told.append(text.rpartition("/")[2])
+            told.append(text if SCHEME in text else re.sub("[^:=]*/", "", text))  # streams have slashes of their own
         before = text
     return " ".join(told)
 

@@ -14,6 +14,8 @@ from cluster.bench_command import command_line, parts_file, run_command
     ("arguments", "told"),
     [
         (["bench", "--json", "/a/secret/b.json"], "bench --json b.json"),
+        (["simulate", "--trace", "csv:/secret/a.csv", "--json=/secret/b"], "simulate --trace csv:a.csv --json=b"),
+        (["bench", "--trace", "synthetic:rate=1/rate=2"], "bench --trace synthetic:rate=1/rate=2"),
         (["bench", "--key", "secret", "--repeats", "2"], "bench --key KEY --repeats 2"),
         (["bench", "--key=secret"], "bench --key=KEY"),
         (["bench", "--serve", "stock=http://secret:1/v1,b=http://secret:2"], "bench --serve URL"),

@@ -417,7 +417,7 @@ def test_the_running_application_is_measured_over_http_tenant_by_tenant_and_swit
     assert running.url.removeprefix("http://") not in told
     report = json.loads(file.read_text())
     assert list(report["arms"]) == ["recompute", "adaptive"]
-    assert report["settings"]["models"] == [MODEL]
+    assert report["settings"]["models"] == [MODEL, MODEL]
     assert report["settings"]["weights"]["small"] == 2
     for arm in report["arms"].values():
         (one,) = arm["repeats"]
