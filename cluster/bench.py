@@ -9,28 +9,22 @@ Rules:
 """
 
 import argparse
-import json
 import math
 import os
-import platform
-import signal
 import statistics
-import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from cluster import models
+from cluster import bench_baseline, bench_served, figures_plot, models, served_plan
 from cluster.bench_arm import ADMISSIONS, FIRST_COME, OFFLOAD, STOCK, EngineSettings
-from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratio_to_stock, table
+from cluster.bench_command import command_line, machine_facts, parts_file, run_command
+from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratios_to_stock, table
 from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder, number_in
 from cluster.bench_progress import Progress
-from cluster.bench_runs import Plan, Say, measure_alone, run_arms
+from cluster.bench_runs import Plan, Say, full_repeats, measure_alone, run_arms, runs_of
 from cluster.bootstrap import has_nvidia_gpu
 from cluster.prompts import RequestSpec
 from cluster.records import RunResult
@@ -48,10 +42,30 @@ OFF_PRESSURE = {
 }
 
 
+ARMS = {"policy": "stock,swap", "admission": FIRST_COME}
+"""Arms where none are named."""
+
+ENGINE_OPTIONS = (
+    "known_lengths", "model", "random_model", "pool_fraction", "host_pool_bytes", "max_num_seqs", "threads",
+    "off_pressure", "check_exact",
+)  # fmt: skip
+"""Of the engines that the benchmark starts."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", default="stock,swap", metavar="A,B", help=f"arms, of {', '.join(POLICIES)}")
+    add_engine_arguments(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the arms' figures into FILE (.png or .svg)")
+    bench_baseline.add_baseline_arguments(parser)
+    served_plan.add_served_arguments(parser)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of a workload and of the engines that serve it."""
+    parser.add_argument("--policy", metavar="A,B", help=f"arms, of {', '.join(POLICIES)} (default: {ARMS['policy']})")
     parser.add_argument(
-        "--admission", default=FIRST_COME, metavar="A,B", help=f"orders of those who wait, of {', '.join(ADMISSIONS)}"
+        "--admission",
+        metavar="A,B",
+        help=f"orders of those who wait, of {', '.join(ADMISSIONS)} (default: {FIRST_COME})",
     )
     parser.add_argument(
         "--known-lengths",
@@ -84,69 +98,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure; 0, 1 when an engine failed or a token differed, 2 for a wrong option, 130 when interrupted."""
+    """Measure; 0, 2 for a wrong option, 130 when interrupted.
+
+    1 when an engine failed, a token differed or a ratio to stock has regressed.
+    """
 
     def work(scratch: Path, say: Say) -> dict[str, Any]:
-        plan = plan_of(options, scratch)
-        return measure(plan, scratch, say, Progress(parts_file(options.json), plan.identity()))
+        if options.plot:
+            figures_plot.check_target(options.plot)
 
-    return run_command(options, work, table)
+        def progress_of(plan: Plan | served_plan.ServedPlan) -> Progress:
+            baseline.expect(plan.as_report(), plan.arms, plan.stock_arm, len(plan.workloads))
+            return Progress(parts_file(options.json), plan.identity())
 
+        baseline = bench_baseline.Baseline.of(options)
+        if options.serve is not None:
+            served_plan.check_options(options, _engine_defaults())
+            report = bench_served.run(options, workload_of(options, default=served_plan.TRACE), say, progress_of)
+        else:
+            served_plan.check_unused(options)
+            plan = plan_of(options, scratch)
+            report = measure(plan, scratch, say, progress_of(plan))
+        if options.plot:
+            figures_plot.draw(report, options.plot)
+        return report | baseline.judged(report)
 
-def parts_file(result: Path | None) -> Path | None:
-    """Where the parts of an unfinished benchmark are kept; nowhere without a result file."""
-    return result and result.with_name(f"{result.name}.parts")
-
-
-def run_command(
-    options: argparse.Namespace,
-    work: Callable[[Path, "Say"], dict[str, Any]],
-    render: Callable[[dict[str, Any]], str],
-) -> int:
-    """Run a benchmark in a scratch folder, print its table, write `--json`; return the exit status of `main`.
-
-    With `--describe` it prints what the workload is instead.
-    """
-    started_s = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - started_s:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
-        if options.describe:
-            print(described(options))
-            return 0
-        with tempfile.TemporaryDirectory(prefix="adaptivellm-") as scratch, _terminated_like_interrupted():
-            report = work(Path(scratch), say)
-        print(render(report))
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
-            cast(Path, parts_file(options.json)).unlink(missing_ok=True)
-    except OSError as error:
-        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; all engines are ended.", file=sys.stderr)
-        return 130
-    if any(arm.get("requests_with_other_tokens") for arm in report.get("arms", {}).values()):
-        print("Error: tokens differ from those of stock with ample memory.", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(options, work, table, described=described)
 
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _engine_defaults() -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    return {name: parser.get_default(name) for name in ENGINE_OPTIONS}
 
 
 def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
@@ -155,11 +138,12 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
     Raises:
         ValueError: An option is wrong, or does not fit the model.
     """
-    given = vars(options) | preset(options)
+    arms = {name: default if (named := getattr(options, name)) is None else named for name, default in ARMS.items()}
+    given = vars(options) | preset(options) | arms
     accelerator = "gpu" if has_nvidia_gpu() else "cpu"
     check_options(given, accelerator)
     workload = workload_of(options, default=given["trace"])
-    folder = model_folder(options.model, scratch / "model", config=RANDOM_MODELS[options.random_model])
+    folder = model_folder(options.model, scratch / options.random_model, config=RANDOM_MODELS[options.random_model])
     seeds = [workload.seed + (repeat if options.vary_seed else 0) for repeat in range(options.repeats)]
     dropped = Counter[str]()
     workloads = read_workloads(workload, models.read_config(folder), seeds, dropped)
@@ -181,8 +165,8 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
         known_lengths=options.known_lengths,
     )
     return Plan(
-        policies=tuple(options.policy.split(",")),
-        admissions=tuple(options.admission.split(",")),
+        policies=tuple(arms["policy"].split(",")),
+        admissions=tuple(arms["admission"].split(",")),
         workload=workload,
         workloads=workloads,
         dropped=dict(dropped),
@@ -213,7 +197,8 @@ def described(options: argparse.Namespace) -> str:
         ValueError: It is wrong.
     """
     dropped = Counter[str]()
-    return describe(workload_of(options, default=preset(options)["trace"]).requests(dropped), dropped)
+    default = served_plan.TRACE if getattr(options, "serve", None) is not None else preset(options)["trace"]
+    return describe(workload_of(options, default=default).requests(dropped), dropped)
 
 
 def read_workloads(
@@ -248,8 +233,6 @@ def check_options(given: dict[str, Any], accelerator: str) -> None:
         raise ValueError("--pool-fraction must be between 0 and 1.")
     if given["host_pool_bytes"] < 0:
         raise ValueError("--host-pool-bytes must not be negative; 0 turns swapping off.")
-    if (path := given["json"]) and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError("--json must name a file in a folder that exists: make the folder or name another one.")
 
 
 def _check_arms(given: dict[str, Any], accelerator: str) -> None:
@@ -274,66 +257,72 @@ def ample_blocks(requests: Sequence[RequestSpec], max_num_seqs: int) -> int:
 
 
 def measure(plan: Plan, scratch: Path, say: Say, progress: Progress) -> dict[str, Any]:
-    """Run everything that is not done yet; return the report.
+    """Run everything that is not done yet; return the report, of whole repeats alone where it was interrupted.
 
     Raises:
         RuntimeError: An engine failed.
+        KeyboardInterrupt: No repeat was whole.
     """
-    machine = machine_facts()
+    machine, arms, repeats = machine_facts(), tuple(plan.arms), len(plan.workloads)
     alone = progress.part("alone", lambda: measure_alone(plan, scratch, say))
-    calibration, check = Calibration(**alone["calibration"]), alone["check"]
-    ample = dict(zip(dict.fromkeys(plan.workloads), map(RunResult.of, alone["ample"]), strict=True))
-    demand = math.ceil(statistics.median(result.peak_kv_blocks for result in ample.values()))
+    ample = list(map(RunResult.of, alone["ample"]))
+    demand = math.ceil(statistics.median(result.peak_kv_blocks for result in ample))
     num_blocks = plan.engine.num_kv_blocks
     if plan.pool_fraction:
         num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
     say(f"  peak {demand} blocks; arms get {num_blocks}, one of them vLLM's null block")
-    runs = run_arms(plan, scratch, num_blocks, say, progress)
+    try:
+        run_arms(plan, scratch, num_blocks, say, progress)
+    except KeyboardInterrupt:
+        if not full_repeats(arms, repeats, progress):
+            raise
+    done = full_repeats(arms, repeats, progress)
     report: dict[str, Any] = {
         "benchmark": "preemption",
         "machine": machine | alone["versions"] | {"load_average_at_end": os.getloadavg()[0]},
         "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks},
-        "calibration": asdict(calibration) | {"check": check},
+        "calibration": alone["calibration"] | {"check": alone["check"]},
         "interval": INTERVAL,
         "command": command_line(),
-        "arms": {},
-        "ratio_to_stock": {},
-        "added_scheduler_us_per_step": {},
     }
+    runs = {arm: list(map(RunResult.of, of)) for arm, of in runs_of(arms, done, progress).items()}
+    report |= arms_report(plan, runs, Calibration(**alone["calibration"]), ample)
+    return report | ({} if done == repeats else {"partial": True, "partial_repeats": done})
+
+
+def arms_report(
+    plan: Plan, runs: Mapping[str, Sequence[RunResult]], calibration: Calibration, ample: Sequence[RunResult]
+) -> dict[str, Any]:
+    """What a report says of the arms, and of the others against stock.
+
+    Args:
+        ample: What each different workload gave in memory that suffices for everything.
+    """
+    weights, stock = plan.workload.weights(), plan.stock_arm
+    base = dict(zip(dict.fromkeys(plan.workloads), ample, strict=True))
     by_arm = {
-        policy: [figures(result.records, calibration, run_end_s=result.run_end_s) for result in results]
-        for policy, results in runs.items()
+        arm: [figures(result.records, calibration, run_end_s=result.run_end_s, weights=weights) for result in results]
+        for arm, results in runs.items()
     }
-    step_us = {policy: [result.scheduler["us_median_with_most_running"] for result in runs[policy]] for policy in runs}
-    for policy, results in runs.items():
-        arm: dict[str, Any] = {"repeats": []}
-        report["arms"][policy] = arm
-        for one, result in zip(by_arm[policy], results, strict=True):
+    told: dict[str, dict[str, Any]] = {}
+    for arm, results in runs.items():
+        told[arm] = {"repeats": []}
+        for one, result in zip(by_arm[arm], results, strict=True):
             rest = asdict(result)
             del rest["tokens"]
-            arm["repeats"].append(asdict(one) | rest)
+            told[arm]["repeats"].append(asdict(one) | rest)
         if plan.check_exact:
-            pairs = zip(results, plan.workloads, strict=True)
-            arm["requests_with_other_tokens"] = sum(differing(result, ample[workload]) for result, workload in pairs)
-        stock = plan.stock_arm
-        if stock is not None and policy != stock:
-            report["ratio_to_stock"][policy] = ratio_to_stock(by_arm[policy], by_arm[stock])
-            report["added_scheduler_us_per_step"][policy] = difference_to_stock(step_us[policy], step_us[stock])
-    return report
-
-
-def command_line() -> str:
-    """What was run, with files by their names alone."""
-    return " ".join(["python -m cluster", *(text.rpartition("/")[2] for text in sys.argv[1:])])
-
-
-def machine_facts() -> dict[str, Any]:
-    """What a reader must know of the machine; neither its name nor a path."""
+            pairs = zip(results, plan.workloads, strict=False)  # an interrupted benchmark has fewer repeats
+            told[arm]["requests_with_other_tokens"] = sum(
+                differing(result, base[workload]) for result, workload in pairs
+            )
+    step_us = {arm: [result.scheduler["us_median_with_most_running"] for result in runs[arm]] for arm in runs}
     return {
-        "cores": len(os.sched_getaffinity(0)),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "load_average_at_start": os.getloadavg()[0],
+        "arms": told,
+        "ratio_to_stock": ratios_to_stock(by_arm, stock),
+        "added_scheduler_us_per_step": {
+            arm: difference_to_stock(step_us[arm], step_us[stock]) for arm in runs if stock is not None and arm != stock
+        },
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster import bench
 from cluster.bench_arm import ENVIRONMENT
+from cluster.bench_command import machine_facts, run_command
 from cluster.bench_runs import Say
 from cluster.prompts import RequestSpec
 from cost_service.learner import CostLearner
@@ -43,7 +44,7 @@ class Judged:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    bench.add_arguments(parser)
+    bench.add_engine_arguments(parser)
     parser.set_defaults(policy="swap", random_model="tiny", trace=TRACE, pool_fraction=0.3)
     parser.add_argument("--link-bytes-per-s", type=float, default=2e7, help="speed at first (default: 2e7)")
     parser.add_argument("--change-by", type=float, default=0.25, help="factor on the speed half-way (default: 0.25)")
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure; exit statuses as `python -m cluster bench`."""
-    return bench.run_command(options, lambda scratch, say: measure(options, scratch, say), table)
+    return run_command(options, lambda scratch, say: measure(options, scratch, say), table, described=bench.described)
 
 
 def measure(options: argparse.Namespace, scratch: Path, say: Say) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def measure(options: argparse.Namespace, scratch: Path, say: Say) -> dict[str, A
     return {
         "benchmark": "drift",
         "link": "SIMULATED: a throttle around real copies and a real engine",
-        "machine": bench.machine_facts(),
+        "machine": machine_facts(),
         "settings": plan.as_report() | {"link_bytes_per_s": options.link_bytes_per_s, "change_by": options.change_by},
         "refit_interval_s": REFIT_INTERVAL_S,
         **figures(judged),

@@ -267,6 +267,11 @@ def ratio_to_stock(runs: Sequence[Figures], stock: Sequence[Figures]) -> dict[st
     return ratios
 
 
+def ratios_to_stock(runs: Mapping[str, Sequence[Figures]], stock: str | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """`ratio_to_stock` of every arm but the one that is stock; empty where none is."""
+    return {arm: ratio_to_stock(of, runs[stock]) for arm, of in runs.items() if stock is not None and arm != stock}
+
+
 def ratios_of(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
     """Ratio of every repeat, their median, and `interval` of their logarithms."""
     ratios = [ours / theirs for ours, theirs in zip(values, base, strict=True)]
@@ -296,17 +301,21 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def table(report: Mapping[str, Any]) -> str:
     """Render a report for a terminal: medians over repeats; ratios to stock with their intervals."""
-    lines = [f"{'median of repeats':<28}" + "".join(f"{policy:>12}" for policy in report["arms"])]
+    width = max(12, *(len(policy) + 2 for policy in report["arms"]))
+
+    def row(name: str, values: Sequence[float | None], width: int) -> str:
+        return f"{name:<28}" + "".join(f"{'-' if one is None else format(one, '.4g'):>{width}}" for one in values)
+
+    lines = [f"{'median of repeats':<28}" + "".join(f"{policy:>{width}}" for policy in report["arms"])]
     for name in (*RATIO_FIGURES, "preemptions", "swaps", "recomputes", "jain_index", "max_service_gap", "unfinished"):
         arms = [[repeat[name] for repeat in arm["repeats"]] for arm in report["arms"].values()]
-        lines.append(
-            f"{name:<28}" + "".join("           -" if None in a else f"{statistics.median(a):12.4g}" for a in arms)
-        )
+        lines.append(row(name, [None if None in of else statistics.median(of) for of in arms], width))
     for policy, ratios in report["ratio_to_stock"].items():
-        lines += ["", f"{policy} / stock{'median':>{20 - len(policy)}}{'95 % from':>12}{'to':>12}"]
-        most = report["arms"][policy]["repeats"][0]["scheduler"]["most_running"]
-        added = {f"added us/step, {most} running": report["added_scheduler_us_per_step"][policy]}
+        lines += ["", f"{f'{policy} / stock':<28}{'median':>12}{'95 % from':>12}{'to':>12}"]
+        added = {}
+        if (added_us := report.get("added_scheduler_us_per_step", {}).get(policy)) is not None:
+            most = report["arms"][policy]["repeats"][0]["scheduler"]["most_running"]
+            added = {f"added us/step, {most} running": added_us}
         for name, ratio in (ratios | added).items():
-            cells = [ratio["median"], ratio["low"], ratio["high"]]
-            lines.append(f"{name:<28}" + "".join("           -" if c is None else f"{c:12.4g}" for c in cells))
+            lines.append(row(name, [ratio["median"], ratio["low"], ratio["high"]], 12))
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster import bench, bench_runs, models
 from cluster.bench_arm import STOCK, Arm
+from cluster.bench_command import machine_facts, run_command
 from cluster.bench_figures import Calibration, Figures, figures, ratios_of
 from cluster.records import RunResult
 from cost_service.analytic import analytic_snapshot
@@ -35,7 +36,7 @@ FIGURES = ("throughput_tokens_per_s", "weighted_turnaround_mean")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    bench.add_arguments(parser)
+    bench.add_engine_arguments(parser)
     parser.set_defaults(policy=",".join(ARMS), random_model="small", trace=TRACE)
     parser.add_argument("--speeds", default=SPEEDS, help=f"multiples of the break-even (default: {SPEEDS})")
     parser.add_argument("--costs-wrong-by", type=float, default=1.0, help="factor on the recompute costs it is told")
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure; exit statuses as `python -m cluster bench`."""
-    return bench.run_command(options, lambda scratch, say: sweep(options, scratch, say), table)
+    return run_command(options, lambda scratch, say: sweep(options, scratch, say), table, described=bench.described)
 
 
 def sweep(options: argparse.Namespace, scratch: Path, say: bench_runs.Say) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench_runs.Say) -> di
     plan = bench.plan_of(options, scratch)
     with Arm(plan.engine, scratch / "alone.log") as alone:
         say("Calibrating on an idle stock engine ...")
-        calibration, check = bench_runs.calibrate(plan, alone)
+        calibration, check = bench_runs.calibrate(plan.workloads[0], bench_runs.alone_on(alone, limit_s=plan.limit_s))
         demand = statistics.median(
             bench_runs.run_ample(plan, alone, workload).peak_kv_blocks for workload in plan.workloads
         )
@@ -88,7 +89,7 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench_runs.Say) -> di
     return {
         "benchmark": "link",
         "link": "SIMULATED: a throttle around real copies and a real engine",
-        "machine": bench.machine_facts(),
+        "machine": machine_facts(),
         "settings": plan.as_report() | {"demand_kv_blocks": demand, "num_kv_blocks": num_blocks,
                                         "costs_wrong_by": options.costs_wrong_by,
                                         "link_wrong_by": options.link_wrong_by, "guard": not options.no_guard},

@@ -98,30 +98,40 @@ def measure_alone(plan: Plan, scratch: Path, say: Say) -> dict[str, Any]:
     """What an idle stock engine with memory for everything says: service times alone, and the demand for KV blocks."""
     with Arm(plan.engine, scratch / "alone.log") as alone:
         say("Calibrating on an idle stock engine ...")
-        calibration, check = calibrate(plan, alone)
+        calibration, check = calibrate(plan.workloads[0], alone_on(alone, limit_s=plan.limit_s))
         say(f"  median error on {check['requests']} other requests: {100 * check['median_error']:.1f} %")
         say("Measuring the demand for KV blocks ...")
         ample = [asdict(run_ample(plan, alone, workload)) for workload in dict.fromkeys(plan.workloads)]
         return {"calibration": asdict(calibration), "check": check, "ample": ample, "versions": alone.versions}
 
 
-def calibrate(plan: Plan, arm: Arm) -> tuple[Calibration, dict[str, float]]:
-    """Time requests one at a time, at several prompt lengths; check the fit on requests of the workload."""
+def calibrate(
+    workload: Sequence[RequestSpec], alone: Callable[[RequestSpec], RequestRecord]
+) -> tuple[Calibration, dict[str, float]]:
+    """Time requests one at a time, at several prompt lengths; check the fit on requests of the workload.
+
+    Args:
+        alone: Runs one request, which arrives at once, on an idle stock engine that knows no prefix of it.
+    """
     rng = random.Random(0)
-    workload = plan.workloads[0]
     prompts = sorted(workload, key=lambda request: len(request.prompt_token_ids))
     num_output = max(2, round(statistics.median(request.output_tokens for request in workload)))
     places = [round(i * (len(prompts) - 1) / (CALIBRATION_LENGTHS - 1)) for i in range(CALIBRATION_LENGTHS)]
     chosen = [replace(prompts[place], output_tokens=num_output) for place in places] * CALIBRATION_TIMES
     checked = rng.sample(workload, min(CHECKED_REQUESTS, len(workload)))
 
-    def alone(request: RequestSpec) -> RequestRecord:
-        return arm.run([replace(request, arrival_s=0.0)], limit_s=plan.limit_s).records[0]
+    def timed(request: RequestSpec) -> RequestRecord:
+        return alone(replace(request, arrival_s=0.0))
 
     for request in chosen[:CALIBRATION_LENGTHS]:
-        alone(request)  # warm-up
-    calibration = Calibration.fit([alone(request) for request in chosen])
-    return calibration, calibration.check([alone(request) for request in checked])
+        timed(request)  # warm-up
+    calibration = Calibration.fit([timed(request) for request in chosen])
+    return calibration, calibration.check([timed(request) for request in checked])
+
+
+def alone_on(arm: Arm, *, limit_s: float) -> Callable[[RequestSpec], RequestRecord]:
+    """What runs one request on an arm that has nothing else to do."""
+    return lambda request: arm.run([request], limit_s=limit_s).records[0]
 
 
 def run_ample(plan: Plan, arm: Arm, workload: Sequence[RequestSpec]) -> RunResult:
@@ -136,44 +146,66 @@ def run_arms(
     plan: Plan, scratch: Path, num_blocks: int | None, say: Say, progress: Progress | None = None
 ) -> dict[str, list[RunResult]]:
     """Start all arms, warm them up, and run the repeats that are not done yet in rotating order."""
-    progress = progress or Progress(None, None)
-    runs = [(repeat, policy) for repeat in range(len(plan.workloads)) for policy in _rotated(tuple(plan.arms), repeat)]
-    todo = [one for one in runs if not progress.has(_name(*one))]
-    if len(todo) < len(runs):
-        say(f"{len(runs) - len(todo)} of {len(runs)} runs were done before")
+    progress, names, repeats = progress or Progress(None, None), tuple(plan.arms), len(plan.workloads)
     with ExitStack() as stack:
         arms = {}
-        for policy, settings in plan.arms.items() if todo else ():
+        for policy, settings in plan.arms.items() if full_repeats(names, repeats, progress) < repeats else ():
             say(f"Starting arm {policy} ...")
             log = scratch / f"{policy.replace('/', '-')}.log"
             arms[policy] = stack.enter_context(Arm(replace(settings, num_kv_blocks=num_blocks), log))
         for policy, arm in arms.items():
             say(f"Warming up {policy} ...")
             arm.run(plan.workloads[0], limit_s=plan.limit_s)
-        began_s = time.monotonic()
-        for done, (repeat, policy) in enumerate(todo, start=1):
-            run = partial(_run, arms[policy], plan.workloads[repeat], plan.limit_s)
-            result = RunResult.of(progress.part(_name(repeat, policy), run))
-            rate = sum(record.delivered_tokens for record in result.records) / result.run_end_s
-            left_s = (time.monotonic() - began_s) / done * (len(todo) - done)
-            say(
-                f"[{'#' * (20 * done // len(todo)):<20}] repeat {repeat + 1}/{len(plan.workloads)}, {policy}: "
-                f"{result.run_end_s:.1f} s, {rate:.0f} tokens/s; about {left_s:.0f} s left"
-            )
-    return {
-        policy: [RunResult.of(progress.part(_name(repeat, policy), dict)) for repeat in range(len(plan.workloads))]
-        for policy in plan.arms
-    }
+
+        def run(repeat: int, policy: str) -> dict[str, Any]:
+            return asdict(arms[policy].run(plan.workloads[repeat], limit_s=plan.limit_s))
+
+        in_turns(names, repeats, run, say, progress)
+    return {arm: list(map(RunResult.of, runs)) for arm, runs in runs_of(names, repeats, progress).items()}
 
 
-def _run(arm: Arm, workload: Sequence[RequestSpec], limit_s: float) -> dict[str, Any]:
-    return asdict(arm.run(workload, limit_s=limit_s))
+def in_turns(
+    arms: Sequence[str], repeats: int, run: Callable[[int, str], dict[str, Any]], say: Say, progress: Progress
+) -> None:
+    """Run what is not done yet: in every repeat all arms, in an order that rotates.
+
+    Args:
+        run: Runs a repeat, counted from 0, of an arm; returns a run as JSON has it, with `records` and `run_end_s`.
+    """
+    runs = [(repeat, arm) for repeat in range(repeats) for arm in _rotated(arms, repeat)]
+    todo = [one for one in runs if not progress.has(_name(*one))]
+    if len(todo) < len(runs):
+        say(f"{len(runs) - len(todo)} of {len(runs)} runs were done before")
+    began_s = time.monotonic()
+    for done, (repeat, arm) in enumerate(todo, start=1):
+        result = progress.part(_name(repeat, arm), partial(run, repeat, arm))
+        rate = sum(record["delivered_tokens"] for record in result["records"]) / result["run_end_s"]
+        left_s = (time.monotonic() - began_s) / done * (len(todo) - done)
+        say(
+            f"[{'#' * (20 * done // len(todo)):<20}] repeat {repeat + 1}/{repeats}, {arm}: "
+            f"{result['run_end_s']:.1f} s, {rate:.0f} tokens/s; about {left_s:.0f} s left"
+        )
 
 
-def _rotated(policies: tuple[str, ...], repeat: int) -> tuple[str, ...]:
-    first = repeat % len(policies)
-    return policies[first:] + policies[:first]
+def full_repeats(arms: Sequence[str], repeats: int, progress: Progress) -> int:
+    """How many repeats are done by all arms, of the first ones without a gap."""
+    gaps = (repeat for repeat in range(repeats) if not all(progress.has(_name(repeat, arm)) for arm in arms))
+    return next(gaps, repeats)
 
 
-def _name(repeat: int, policy: str) -> str:
-    return f"repeat {repeat + 1}, {policy}"
+def runs_of(arms: Sequence[str], repeats: int, progress: Progress) -> dict[str, list[dict[str, Any]]]:
+    """The runs of every arm in its first repeats, which are done, as `in_turns` had them."""
+    return {arm: [progress.part(_name(repeat, arm), _missing) for repeat in range(repeats)] for arm in arms}
+
+
+def _missing() -> Any:
+    raise AssertionError("a run that should be done is not")
+
+
+def _rotated(arms: Sequence[str], repeat: int) -> tuple[str, ...]:
+    first = repeat % len(arms)
+    return (*arms[first:], *arms[:first])
+
+
+def _name(repeat: int, arm: str) -> str:
+    return f"repeat {repeat + 1}, {arm}"

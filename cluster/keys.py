@@ -83,7 +83,7 @@ def load(directory: Path) -> Keyring:
     path = _keys_path(directory)
     if not path.exists():
         return Keyring({})
-    _refuse_if_open_to_others(path)
+    refuse_if_open_to_others(path)
     try:
         stored = json.loads(path.read_text())
     except ValueError:
@@ -113,6 +113,11 @@ def write_secret(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _refuse_if_open_to_others(path: Path) -> None:
+def refuse_if_open_to_others(path: Path) -> None:
+    """Hold a file of keys to being its owner's alone.
+
+    Raises:
+        ValueError: Others may read it.
+    """
     if path.stat().st_mode & 0o077:
         raise ValueError(f"The key file {path} can be read by others: run chmod 600 on it.")

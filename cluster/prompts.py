@@ -8,7 +8,7 @@ Rules:
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,6 +74,24 @@ def draw_token_ids(rng: random.Random, num: int, vocab: int) -> list[int]:
         words = words >> (32 - width.bit_length())
         drawn += (words[words < width] + FIRST_TOKEN_ID).tolist()
     return drawn
+
+
+def with_other_tokens(requests: Iterable[RequestSpec], vocab: int, rng: random.Random) -> list[RequestSpec]:
+    """The same requests in other words: token ids are exchanged one for one, so that what was equal among them stays equal.
+
+    What a prefix cache knows of earlier ones does not serve these.
+
+    Args:
+        vocab: Ids from `FIRST_TOKEN_ID` up to below it are exchanged; others stay.
+    """
+    check_vocab(vocab)
+    others = list(range(FIRST_TOKEN_ID, vocab))
+    rng.shuffle(others)
+    table = [*range(FIRST_TOKEN_ID), *others]
+    return [
+        replace(request, prompt_token_ids=tuple(table[one] if one < vocab else one for one in request.prompt_token_ids))
+        for request in requests
+    ]
 
 
 def _prompt(request: TraceRequest, vocab: int, seed: int, number: int) -> tuple[int, ...]:

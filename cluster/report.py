@@ -19,6 +19,7 @@ from cluster.records import RequestRecord
 from cluster.service_curve import service_gaps
 
 FIGURES = (*RATIO_FIGURES, "preemptions", "swaps", "recomputes", "jain_index", "max_service_gap", "unfinished")
+TITLES = {"simulation": "Simulated policies", "served": "Policies compared over HTTP"}
 MOST_TENANTS = 12
 """Of a picture or table: those with the most requests."""
 
@@ -75,7 +76,7 @@ def page(report: Mapping[str, Any]) -> str:
     calibration = Calibration(
         **{name: report["calibration"][name] for name in ("ttft_s", "ttft_s_per_prompt_token", "s_per_output_token")}
     )
-    title = "Simulated policies" if report["benchmark"] == "simulation" else "Policies compared with real engines"
+    title = TITLES.get(report["benchmark"], "Policies compared with real engines")
     parts = [
         f"<h1>{title}</h1>",
         _settings(report),

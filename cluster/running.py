@@ -31,9 +31,11 @@ def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
     """Call a method of every replica of all our applications; each answer with its application and the time it came.
 
     Raises:
-        LookupError: No application of ours is running.
+        LookupError: No application of ours is running, or a replica does not answer.
     """
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     found = []
     for application, status in serve.status().applications.items():
@@ -41,8 +43,12 @@ def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
             if not deployment.startswith("AdaptiveLLMServer:"):
                 continue
             handle = serve.get_deployment_handle(deployment, application)
-            for answer in handle.broadcast(method, *arguments).results(timeout_s=10):
-                found.append({**answer, "application": application, "seen_s": time.monotonic()})
+            try:
+                answers = handle.broadcast(method, *arguments).results(timeout_s=10)
+            except (RayError, RayServeException, TimeoutError) as error:
+                raise LookupError(f"a replica does not answer ({type(error).__name__}): try again.") from None
+            seen_s = time.monotonic()
+            found += [{**answer, "application": application, "seen_s": seen_s} for answer in answers]
     if not found:
         raise LookupError("no application of ours is running: start one with `make serve`.")
     return found

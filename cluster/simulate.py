@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.bench import command_line
 from cluster.bench_arm import STOCK
+from cluster.bench_command import command_line
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord

@@ -141,22 +141,52 @@ def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
     assert "num_gpu_blocks_override" not in unlimited.engine_arguments()
 
 
+DONE = RunResult(
+    records=[RequestRecord(request_id="a", tenant="t", arrival_s=0.0, first_token_s=1.0, finish_s=2.0, prompt_tokens=4,
+                           output_tokens=2, delivered_tokens=2)],
+    run_end_s=2.0, peak_kv_blocks=1, computed_tokens=5,
+    scheduler={"steps": 2.0, "most_running": 1, "us_median_with_most_running": 9.0}, preemption_costs={},
+    tokens={"a": [1, 2]},
+)  # fmt: skip
+
+
 def test_runs_that_are_done_need_no_engine(tmp_path: Path) -> None:
     plan = bench.plan_of(options("--policy", "stock,swap", "--repeats", "2", "--trace", SMALL), tmp_path)
-    done = RunResult(
-        records=[RequestRecord(request_id="a", tenant="t", arrival_s=0.0, first_token_s=1.0, finish_s=2.0, prompt_tokens=4,
-                               output_tokens=2, delivered_tokens=2)],
-        run_end_s=2.0, peak_kv_blocks=1, computed_tokens=5, scheduler={"steps": 2.0}, preemption_costs={},
-        tokens={"a": [1, 2]},
-    )  # fmt: skip
     progress = Progress(tmp_path / "parts", plan.identity())
     for repeat in (1, 2):
         for policy in ("stock", "swap"):
-            progress.part(f"repeat {repeat}, {policy}", lambda: asdict(done))
+            progress.part(f"repeat {repeat}, {policy}", lambda: asdict(DONE))
     said: list[str] = []
     runs = run_arms(plan, tmp_path, 8, said.append, Progress(tmp_path / "parts", plan.identity()))
-    assert runs == {"stock": [done, done], "swap": [done, done]}
+    assert runs == {"stock": [DONE, DONE], "swap": [DONE, DONE]}
     assert said == ["4 of 4 runs were done before"]
+
+
+@pytest.mark.parametrize(("num_done", "whole"), [(1, 0), (2, 1), (3, 1), (4, 2)])
+def test_of_an_interrupted_benchmark_whole_repeats_are_reported(
+    num_done: int, whole: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = bench.plan_of(options("--policy", "stock,swap", "--repeats", "2", "--trace", SMALL), tmp_path)
+    progress = Progress(None, plan.identity())
+    calibration = {"ttft_s": 0.1, "ttft_s_per_prompt_token": 0.0, "s_per_output_token": 0.1}
+    alone = {"calibration": calibration, "check": {}, "ample": [asdict(DONE)], "versions": {}}
+    progress.part("alone", lambda: alone)
+    for name in ["repeat 1, stock", "repeat 1, swap", "repeat 2, swap", "repeat 2, stock"][:num_done]:
+        progress.part(name, lambda: asdict(DONE))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run_arms", interrupted)
+    if whole == 0:
+        with pytest.raises(KeyboardInterrupt):
+            bench.measure(plan, tmp_path, print, progress)
+        return
+    report = bench.measure(plan, tmp_path, print, progress)
+    assert [len(arm["repeats"]) for arm in report["arms"].values()] == [whole, whole]
+    assert report.get("partial_repeats") == (whole if whole < 2 else None)
+    assert report.get("partial", False) == (whole < 2)
+    assert report["ratio_to_stock"]["swap"]["throughput_tokens_per_s"]["median"] == 1
 
 
 @pytest.mark.engine
@@ -252,6 +282,26 @@ def test_a_command_cut_short_leaves_no_engine(number: signal.Signals, status: in
     finally:
         for process_id in processes(mark):
             os.kill(process_id, signal.SIGKILL)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_repeats_that_engines_have_measured_and_the_command_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    arguments = ("bench", "--policy", "stock,swap", "--repeats", "2", "--trace", SMALL, "--json", str(file))
+    command, mark = start(*arguments)
+    assert command.stderr is not None
+    assert any("repeat 1/2, swap" in line for line in command.stderr)
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert processes(mark) == []
+    assert json.loads(file.read_text())["partial_repeats"] == 1
+    command, _ = start(*arguments)
+    _, err = command.communicate(timeout=500)
+    assert command.returncode == 0, err
+    assert "of 4 runs were done before" in err
+    assert "partial" not in json.loads(file.read_text())
 
 
 def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:

@@ -22,6 +22,7 @@ from cluster.bench_figures import (
     jain_index,
     quantile,
     ratio_to_stock,
+    ratios_to_stock,
     table,
 )
 from cluster.records import RequestRecord
@@ -282,3 +283,16 @@ def test_the_table_shows_medians_ratios_and_what_is_missing() -> None:
     assert next(row for row in rows if row[:1] == ["tpot_s_p99"])[1] == "-"
     assert ["throughput_tokens_per_s", "2", "-", "-"] in rows
     assert ["added", "us/step,", "7", "running", "10.5", "-", "-"] in rows
+
+
+def test_arms_with_long_names_have_columns_of_their_own_and_need_no_scheduler() -> None:
+    name = "first-come/a-cluster-far-away"
+    runs = {"first-come/stock": [changed()], name: [changed(throughput_tokens_per_s=14.0)]}
+    arms = {arm: {"repeats": [dataclasses.asdict(one) for one in of]} for arm, of in runs.items()}
+    ratios = ratios_to_stock(runs, "first-come/stock")
+    assert list(ratios) == [name]
+    assert ratios_to_stock(runs, None) == {}
+    lines = table({"arms": arms, "ratio_to_stock": ratios}).splitlines()
+    assert lines[0].split()[-2:] == ["first-come/stock", name]
+    assert len({len(line) for line in lines[: lines.index("")]}) == 1
+    assert [line.split()[:3] for line in lines if line.startswith(name)] == [[name, "/", "stock"]]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.prompts import FIRST_TOKEN_ID, RequestSpec, draw_token_ids, with_prompts
+from cluster.prompts import FIRST_TOKEN_ID, RequestSpec, draw_token_ids, with_other_tokens, with_prompts
 from cost_service.traces import TraceRequest
 
 
@@ -99,3 +99,19 @@ def test_lengths_and_tokens_stay_inside_what_is_asked(
     (prompt,) = prompts(request(prompt_tokens, *hashes, hash_tokens=hash_tokens), vocab=vocab)
     assert len(prompt) == prompt_tokens
     assert all(FIRST_TOKEN_ID <= token < vocab for token in prompt)
+
+
+@given(st.integers(0, 99), st.integers(40, 600))
+def test_in_other_words_requests_are_alike_where_they_were_and_all_else_is_the_same(seed: int, vocab: int) -> None:
+    made = list(with_prompts([request(300, 1, hash_tokens=64), request(300, 1, hash_tokens=64)], vocab=600))
+    others = with_other_tokens(made, vocab, random.Random(seed))
+    before, after = ([token for one in of for token in one.prompt_token_ids] for of in (made, others))
+    pairs = set(zip(before, after, strict=True))
+    assert len(pairs) == len(set(before)) == len(set(after)), "ids are exchanged one for one"
+    assert all(one == other for one, other in pairs if not FIRST_TOKEN_ID <= one < vocab)
+    assert all(FIRST_TOKEN_ID <= other < vocab for one, other in pairs if FIRST_TOKEN_ID <= one < vocab)
+    assert before != after
+    for one, other in zip(made, others, strict=True):
+        assert (one.request_id, one.tenant, one.arrival_s, one.num_tokens) == (
+            other.request_id, other.tenant, other.arrival_s, other.num_tokens
+        )  # fmt: skip

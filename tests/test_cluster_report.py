@@ -67,6 +67,10 @@ def test_a_page_of_a_simulation_says_so() -> None:
     assert "SIMULATED" not in page(result())
 
 
+def test_a_page_of_running_clusters_says_so() -> None:
+    assert "<title>Policies compared over HTTP</title>" in page(result(benchmark="served"))
+
+
 def test_the_same_result_gives_the_same_page() -> None:
     assert page(result()) == page(result())
 

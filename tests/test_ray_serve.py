@@ -397,6 +397,42 @@ def test_over_a_cap_a_tenant_gets_429_with_retry_after_and_others_are_served(run
     status_within(10, ask, 200)  # both clients have left: nothing of them stays
 
 
+def test_the_running_application_is_measured_over_http_tenant_by_tenant_and_switched_between_policies(
+    running: Running, tmp_path: Path
+) -> None:
+    file = tmp_path / "result.json"
+    trace = (
+        "synthetic:tenant=small,rate=4,requests=6,output_mean=6,weight=2/tenant=large,rate=4,requests=6,output_mean=9"
+    )
+    command = [
+        sys.executable, "-m", "cluster", "bench", "--serve", running.url + "/v1", "--make-tenants",
+        "--policy", "recompute,adaptive", "--repeats", "1", "--json", str(file),
+        "--trace", trace,
+    ]  # fmt: skip
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    told = answer.stdout + answer.stderr + file.read_text()
+    assert "sk-adaptive" not in told
+    assert running.key not in told
+    assert running.url.removeprefix("http://") not in told
+    report = json.loads(file.read_text())
+    assert list(report["arms"]) == ["recompute", "adaptive"]
+    assert report["settings"]["models"] == [MODEL, MODEL]
+    assert report["settings"]["weights"]["small"] == 2
+    for arm in report["arms"].values():
+        (one,) = arm["repeats"]
+        assert sorted(one["tenants"]) == ["large", "small"]
+        assert (one["unfinished"], one["rejected"], one["failed"], one["preemptions"]) == (0, 0, 0, 0)
+        for record in one["records"]:  # the usage that the server told is what was asked for
+            assert record["delivered_tokens"] == record["output_tokens"] > 0
+            assert record["arrival_s"] < record["first_token_s"] <= record["finish_s"]
+        assert one["throughput_tokens_per_s"] > 0
+        assert one["tenants"]["small"]["weighted_turnaround_mean"] > 0
+    assert {replica["preemption"] for replica in status(running)} == {"adaptive"}, "it follows its own policy again"
+    made = [tenant for tenant in tenants("list")["tenants"] if tenant["name"] in ("bench-0", "bench-1")]
+    assert [all(key["revoked"] for key in tenant["keys"]) for tenant in made] == [True, True]
+
+
 METRICS = """
 from cluster.running import connected
 with connected("auto"):
