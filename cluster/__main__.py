@@ -17,6 +17,10 @@ COMMANDS = {
     "validate": ("cluster.validate", "compare the simulator with what real engines were recorded to do"),
     "report": ("cluster.report", "write a page (HTML) of what bench or simulate found"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
+    "bench-replicas": (
+        "cluster.bench_replicas",
+        "fairness across several real engines, with and without the cluster's counters",
+    ),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
     "bench-simulation": ("cluster.bench_simulation", "how many requests a second the simulator serves"),
     "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),

@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -127,17 +127,18 @@ def arm_names(policies: Sequence[str], admissions: Sequence[str]) -> tuple[str, 
 class Arm:
     """Handle of one arm's process. Whoever makes one closes it: `with Arm(...) as arm`."""
 
-    def __init__(self, settings: EngineSettings, log: Path) -> None:
+    def __init__(self, settings: EngineSettings, log: Path, environment: Mapping[str, str] | None = None) -> None:
         """Start the process and wait until its engine is ready.
 
         Args:
             log: File for what the process prints.
+            environment: What else its environment holds.
 
         Raises:
             RuntimeError: The engine did not start; with the end of its log.
         """
         self.settings, self._log, self._unread = settings, log, b""
-        environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(settings.threads)}
+        ours = ENVIRONMENT | {"OMP_NUM_THREADS": str(settings.threads)} | dict(environment or {})
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cluster.bench_engine"],
@@ -146,7 +147,7 @@ class Arm:
                 stderr=errors,
                 bufsize=0,  # nothing is left to flush when the pipe is closed
                 cwd=Path(__file__).parents[1],
-                env=environment,
+                env=os.environ | ours,
                 start_new_session=True,  # Ctrl-C reaches the command alone, which ends its arms in order
             )
         assert self._process.stdin is not None, "no pipe to the process"

@@ -13,6 +13,9 @@ from cluster.records import RequestRecord
 POINTS = 200
 """Moments of a curve."""
 
+WARM_SHARE = 0.25
+"""Of a time in which all wait, until the first batches are over."""
+
 
 def service_gaps(
     records: Sequence[RequestRecord], weights: Mapping[str, float] | None = None
@@ -36,6 +39,36 @@ def service_gaps(
         since = [curves[tenant][place] - base[tenant] for tenant in waiting]
         gaps.append((at_s, max(since) - min(since) if len(since) > 1 else 0.0))
     return gaps
+
+
+def shares_while_all_wait(
+    replicas: Sequence[Sequence[RequestRecord]], weights: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Each tenant's share of the normalised service of all replicas, while all wait wherever they are served.
+
+    The first quarter of that time is left out: there a replica's batch is filled by what it knows itself. Empty where there
+    is no such time.
+
+    Args:
+        replicas: What happened to the requests of each of them.
+    """
+    everything = [one for records in replicas for one in records]
+    end_s = max((one.finish_s or one.first_token_s or one.arrival_s for one in everything), default=0.0)
+    until_s = end_s
+    for records in replicas:
+        last_s: dict[str, float] = {}
+        for one in records:
+            waited_s = end_s if one.first_token_s is None else one.first_token_s
+            last_s[one.tenant] = max(last_s.get(one.tenant, 0.0), waited_s)
+        until_s = min(until_s, *last_s.values())
+    from_s = WARM_SHARE * until_s
+    served: dict[str, float] = {}
+    for tenant in sorted({one.tenant for one in everything}):
+        own = [one for one in everything if one.tenant == tenant]
+        service = _service(own, until_s, end_s) - _service(own, from_s, end_s)
+        served[tenant] = service / (weights or {}).get(tenant, 1.0)
+    total = sum(served.values())
+    return {tenant: service / total for tenant, service in served.items()} if total else {}
 
 
 def _level(curves: Mapping[str, Sequence[float]], base: Mapping[str, float], tenant: str, place: int) -> float:
