@@ -1,7 +1,7 @@
 """`python -m cluster bench-replicas`: fairness across several real engines, with the cluster's counters and without.
 
 Rules:
-- Every arm is a group of engines (`cluster.engine_group`) that serves the same requests, in interleaved repeats. A tenant's
+- Every arm is a group of engines (`cluster.serve_group`) that serves the same requests, in interleaved repeats. A tenant's
   requests go to the replicas in turns, or to some of them alone (`--pin`): that is the skew that no replica sees by itself.
 - Arms under fair admission exchange with the real fairness actor. `--also-alone` adds the same engines without it.
 - Figures are those of `bench`, over the requests of all replicas; beside them each tenant's share of the service while all
@@ -24,9 +24,9 @@ from cluster.bench_command import command_line, machine_facts, run_command
 from cluster.bench_figures import INTERVAL, Calibration, Figures, figures, ratios_of, ratios_to_stock, table
 from cluster.bench_progress import Progress
 from cluster.bench_runs import Plan, Say, in_turns, measure_alone, runs_of
-from cluster.engine_group import EngineGroup, cluster_actors
 from cluster.prompts import RequestSpec
 from cluster.records import RequestRecord, RunResult
+from cluster.serve_group import EngineGroup, cluster_actors
 from cluster.service_curve import shares_while_all_wait
 from replicas.fair_queue import Admission
 

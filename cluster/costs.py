@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.running import ask_cost_service, connected
+from cluster.running import ask_actor, connected
+from cost_service.service import ACTOR
 
 COLUMNS = (("model", 28), ("hardware", 12), ("ranks", 6), ("block", 6), ("version", 8), ("errors of", 44))
 
@@ -30,12 +31,12 @@ def main(options: argparse.Namespace) -> int:
         return 2
     try:
         with connected(options.address):
-            kinds = ask_cost_service("status")
-            lengths = ask_cost_service("lengths_status")
+            kinds = ask_actor(ACTOR, "status")
+            lengths = ask_actor(ACTOR, "lengths_status")
             for kind in kinds if options.tokens else []:
                 name = (kind["model"], kind["hardware"], kind["parallelism"], kind["block_size"])
                 blocks = -(-options.tokens // kind["block_size"])
-                kind["predicted_s"] = ask_cost_service("predict", name, num_tokens=options.tokens, num_blocks=blocks)
+                kind["predicted_s"] = ask_actor(ACTOR, "predict", name, num_tokens=options.tokens, num_blocks=blocks)
     except LookupError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

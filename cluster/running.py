@@ -54,20 +54,20 @@ def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
     return found
 
 
-def ask_cost_service(method: str, *arguments: Any, **keywords: Any) -> Any:
-    """Call a method of the cluster's cost service.
+def ask_actor(name: str, method: str, *arguments: Any, **keywords: Any) -> Any:
+    """Call a method of one of the cluster's actors (`cost_service.named_actor`).
 
     Raises:
         LookupError: There is none, or it does not answer.
     """
     import ray
 
-    from cost_service.cost_actor import find_cost_actor
+    from cost_service.named_actor import find_actor
 
-    actor = find_cost_actor()
+    actor = find_actor(name)
     if actor is None:
-        raise LookupError("no cost service is running: start an application with `make serve`.")
+        raise LookupError(f"no actor {name} is running: start an application with `make serve`.")
     try:
         return ray.get(getattr(actor, method).remote(*arguments, **keywords), timeout=10)
     except ray.exceptions.RayError as error:
-        raise LookupError(f"the cost service does not answer ({type(error).__name__}): try again.") from None
+        raise LookupError(f"the actor {name} does not answer ({type(error).__name__}): try again.") from None

@@ -12,9 +12,10 @@ import msgspec
 from ray.util.metrics import Gauge
 
 from cluster.length_predictor import LengthPredictor
-from cost_service.cost_actor import exchange_for_ever
 from cost_service.length_messages import LengthNews
+from cost_service.named_actor import exchange_for_ever
 from cost_service.output_length import OutputLength
+from cost_service.service import ACTOR
 from replicas.serve_metrics import degraded_gauge
 
 logger = logging.getLogger("ray.serve")
@@ -43,7 +44,10 @@ class LengthExchange:
 
     async def run(self) -> None:
         """Exchange for ever."""
-        await exchange_for_ever(self._exchange, self._say_degraded, interval_s=INTERVAL_S, kept="output lengths stay")
+        await exchange_for_ever(
+            ACTOR, self._exchange, self._say_degraded, interval_s=lambda: INTERVAL_S,
+            kept="output lengths stay as they are",
+        )  # fmt: skip
 
     async def _exchange(self, actor: Any) -> None:
         self._tell_quality()

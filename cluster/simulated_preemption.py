@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cluster.simulated_step import Step
 
 REPORT_INTERVAL_S = 0.1
-"""As `replicas.vllm_scheduler.TOTALS_INTERVAL_S`."""
+"""As `cost_service.service_messages.ENGINE_INTERVAL_S`."""
 
 
 class SimulatedCosts:

@@ -1,29 +1,21 @@
 """The cost service as one Ray actor for the whole cluster (shell around `cost_service.service` and `length_service`).
 
 Rules:
-- Detached, restarted for ever, no CPU of its own: it comes back with what its store holds.
 - Refitting runs in a thread of its own, so that calls wait for no longer than one kind's arithmetic.
-- Nobody waits for it on a request's path or in an engine's step: replicas exchange samples for snapshots beside them, and
-  ingresses finished requests for those of others.
-- It may be away at any time: who exchanges goes on with what it has, says so once, and tries again.
+- Replicas exchange samples for snapshots, and ingresses finished requests for those of others; how, and what they do while
+  it is away, says `cost_service.named_actor`.
 """
 
-import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
-
-import ray
+from typing import Any
 
 from cost_service.length_service import SAVE_INTERVAL_S, LengthService
-from cost_service.service import REFIT_INTERVAL_S, CostService, Kind, Store
+from cost_service.named_actor import start_actor
+from cost_service.service import ACTOR, REFIT_INTERVAL_S, CostService, Kind, Store
 
 logger = logging.getLogger("ray.serve")
-
-NAME, NAMESPACE = "cost_service", "adaptivellm"
-TIMEOUT_S = 5.0
 
 
 class CostActor:
@@ -86,44 +78,4 @@ class CostActor:
 
 def start_cost_actor(store: Store) -> Any:
     """Start the actor where there is none yet; returns its handle at once."""
-    options = {
-        "name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0,
-        "max_restarts": -1, "max_concurrency": 8,
-    }  # fmt: skip
-    return ray.remote(CostActor).options(**options).remote(store)
-
-
-def find_cost_actor() -> Any | None:
-    """The actor's handle; None while there is none. Asks the cluster: not for an event loop."""
-    try:
-        return ray.get_actor(NAME, namespace=NAMESPACE)
-    except ValueError:
-        return None
-
-
-async def exchange_for_ever(
-    exchange: Callable[[Any], Awaitable[None]], say_degraded: Callable[[bool], None], *, interval_s: float, kept: str
-) -> NoReturn:
-    """Call `exchange` with the actor again and again, whatever happens.
-
-    Args:
-        say_degraded: Called with whether the actor does not answer, when that changes.
-        kept: What then stays as it is.
-    """
-    actor, degraded = None, False
-    while True:
-        await asyncio.sleep(interval_s)
-        try:
-            if actor is None:
-                actor = await asyncio.to_thread(find_cost_actor)
-                if actor is None:
-                    raise LookupError("there is none")
-            await asyncio.wait_for(exchange(actor), TIMEOUT_S)
-            now_degraded = False
-        except Exception as error:  # Ray has many for an actor that is away; none may end this
-            actor, now_degraded = None, True
-            if not degraded:
-                logger.warning("The cost service does not answer (%s): %s as they are.", type(error).__name__, kept)
-        if now_degraded != degraded:
-            degraded = now_degraded
-            say_degraded(degraded)
+    return start_actor(CostActor, ACTOR, store, max_concurrency=8)

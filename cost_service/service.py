@@ -19,6 +19,9 @@ from cost_service.snapshot import CostSnapshot
 
 logger = logging.getLogger(__name__)
 
+ACTOR = "cost_service"
+"""Name of the actor around this."""
+
 KEY = "costs"
 """Collection of the store that holds the newest snapshot of each kind."""
 

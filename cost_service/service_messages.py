@@ -1,14 +1,25 @@
 """What replicas and the fairness scheduler tell each other: cumulative totals one way, absolute counters the other.
 
 Plain values that any encoding carries; neither side imports the other. Those that hold numbers alone are kept by the
-thousands and can be in no cycle: the garbage collector leaves them out.
+thousands and can be in no cycle: the garbage collector leaves them out. Between processes travel `FairnessReport` and
+`FairnessAnswer`, as MessagePack.
 """
 
+import math
 from collections.abc import Mapping
 
 import msgspec
 
-from cost_service.charges import MAX_COUNT, Account, Served
+from cost_service.charges import MAX_COUNT, Account, Served, ServiceKind
+
+ACTOR = "fairness"
+"""Name of the actor around the fairness scheduler."""
+
+ENGINE_INTERVAL_S = 0.1
+"""Seconds between two reports of an engine that works; it also reports when it falls idle."""
+
+MAX_NAME = 512
+"""Characters of a pool's, replica's or epoch's name."""
 
 
 class AccountReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -84,6 +95,116 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     shares: list[Share]
 
 
-def _check_count(field_name: str, value: int, where: str) -> None:
-    if type(value) is not int or not 0 <= value < MAX_COUNT:
-        raise ValueError(f"{field_name} of {where} is {value!r}; it must be an integer from 0 up to 2^53.")
+class ReplicaLimits(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What one replica can hold and give."""
+
+    num_pool_tokens: int
+    """Tokens of its KV pool."""
+
+    max_num_seqs: int
+    max_tokens: int
+    """Output tokens that a request may generate at most."""
+
+    max_service_per_s: float
+    """Most weighted service that it can give in a second: of its fastest steps."""
+
+    max_decode_tokens_per_s: float
+    """Most output tokens that it can generate in a second."""
+
+    def checked(self, where: str) -> "ReplicaLimits":
+        """Return them if they are possible.
+
+        Raises:
+            ValueError: A limit is out of range; the message names it.
+        """
+        for name in ("num_pool_tokens", "max_num_seqs", "max_tokens"):
+            _check_count(name, getattr(self, name), where, least=1)
+        for name in ("max_service_per_s", "max_decode_tokens_per_s"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name} of {where} is {value!r}; it must be a number from 0 on.")
+        return self
+
+
+class FairnessReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a replica sends at an interval: a report of its engine, or none, and what it has of the scheduler."""
+
+    pool: str
+    """Replicas that serve the same requests: of one model of one application."""
+
+    service: ServiceKind
+    """What is equalised between tenants there."""
+
+    replica: str
+    epoch: str
+    sequence: int
+    """Of the engine's report; 0 without one."""
+
+    accounts: list[tuple[Account, AccountReport]] = []
+    """All that no answer has confirmed yet."""
+
+    known: dict[str, float] | None = None
+    """In a report of all accounts: counters by tenant, as the engine knows them."""
+
+    limits: ReplicaLimits
+    fair_victims: bool = False
+    """Whether a full pool takes blocks from the tenant that was served most, and not from whoever came last."""
+
+    bypass_service: float = 0.0
+    """Service at weight 1 by which a tenant may be ahead and still pass a request that does not fit."""
+
+    round_trip_s: float = 0.0
+    """What the last exchange took."""
+
+    life: str = ""
+    """Of the scheduler whose answer it has; empty while it has none."""
+
+    version: int = 0
+    """That it has of that life."""
+
+    def checked(self) -> Report:
+        """Return the engine's report if all numbers are possible.
+
+        Raises:
+            ValueError: A number is out of range; the message names it.
+        """
+        self.limits.checked(repr(self.replica))
+        for name, number in (("round_trip_s", self.round_trip_s), ("bypass_service", self.bypass_service)):
+            if not 0.0 <= number < math.inf:
+                raise ValueError(f"{name} of {self.replica!r} is {number!r}; it must be a number from 0 on.")
+        for name, value in (("pool", self.pool), ("replica", self.replica), ("epoch", self.epoch)):
+            if not 0 < len(value) <= MAX_NAME:
+                raise ValueError(f"{name} has {len(value)} characters; it must have from 1 to {MAX_NAME}.")
+        for tenant, counter in (self.known or {}).items():
+            if not 0.0 <= counter < MAX_COUNT:
+                raise ValueError(
+                    f"The counter of {tenant!r} at {self.replica!r} is {counter!r}; it must be from 0 up to 2^53."
+                )
+        report = Report(
+            replica=self.replica, epoch=self.epoch, sequence=self.sequence, accounts=dict(self.accounts)
+        )  # fmt: skip
+        return report.checked()
+
+
+class FairnessAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a replica is told at an interval."""
+
+    life: str
+    """Of the scheduler; versions of another life mean nothing."""
+
+    version: int
+    shares: list[Share]
+    answered: int
+    """Sequence of the report that was taken; 0 for none."""
+
+    wants_everything: bool = False
+    """Whether the next report shall name all accounts and what the engine knows: the scheduler is new to it. `life` and
+    `version` are to be kept only once it has been told."""
+
+    interval_s: float
+    """Seconds until the next exchange."""
+
+
+def _check_count(field_name: str, value: int, where: str, *, least: int = 0) -> None:
+    if type(value) is not int or not least <= value < MAX_COUNT:
+        raise ValueError(f"{field_name} of {where} is {value!r}; it must be an integer from {least} up to 2^53.")

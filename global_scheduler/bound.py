@@ -37,6 +37,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cost_service.service_messages import ReplicaLimits
+
 
 class VictimRule(StrEnum):
     """Whose blocks a full pool takes."""
@@ -45,29 +47,12 @@ class VictimRule(StrEnum):
     LAST_COME = "last come"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaLimits:
-    """What one replica can hold and give."""
-
-    num_pool_tokens: int
-    """Tokens of its KV pool."""
-
-    max_num_seqs: int
-    max_tokens: int
-    """Output tokens that a request may generate at most."""
-
-    max_service_per_s: float
-    """Most weighted service that it can give in a second: of its fastest steps."""
-
-    max_decode_tokens_per_s: float
-    """Most output tokens that it can generate in a second."""
-
-    def num_refilled_tokens(self, max_input_tokens: int) -> float:
-        """Most output tokens that the requests of one tenant can generate here without a new admission; see the rules."""
-        num_alive = math.ceil(self.num_pool_tokens / (max_input_tokens + self.max_tokens)) - 1
-        num_alive = min(max(1, num_alive), self.max_num_seqs)
-        refills = 1.0 + sum(1.0 / num for num in range(num_alive + 1, self.max_num_seqs + 1))
-        return min(refills * self.num_pool_tokens, float(self.max_num_seqs * self.max_tokens))
+def num_refilled_tokens(limits: ReplicaLimits, max_input_tokens: int) -> float:
+    """Most output tokens that one tenant's requests can generate on a replica without a new admission; see the rules."""
+    num_alive = math.ceil(limits.num_pool_tokens / (max_input_tokens + limits.max_tokens)) - 1
+    num_alive = min(max(1, num_alive), limits.max_num_seqs)
+    refills = 1.0 + sum(1.0 / num for num in range(num_alive + 1, limits.max_num_seqs + 1))
+    return min(refills * limits.num_pool_tokens, float(limits.max_num_seqs * limits.max_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +131,7 @@ def fairness_bound(
             raise ValueError(f"{name} is {value!r}; it must be a number from 0 on.")
     if victims is VictimRule.MOST_SERVED:
         num_memory_tokens = sum(each.num_pool_tokens for each in replicas)
-        num_refilled = sum(each.num_refilled_tokens(max_input_tokens) for each in replicas)
+        num_refilled = sum(num_refilled_tokens(each, max_input_tokens) for each in replicas)
     else:
         num_memory_tokens = sum(each.max_num_seqs * each.max_tokens for each in replicas)
         num_refilled = float(num_memory_tokens)

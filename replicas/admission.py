@@ -218,6 +218,10 @@ class RequestAdmission:
             self.service.release(request_id)
             self.bypass.forget((request_id,))
 
+    def arrival_s(self, request_id: str) -> float:
+        """When a request arrived, in the engine's time."""
+        return self._requests[request_id].waiting.arrival_s
+
     def service_of(self, request_id: str) -> float:
         """Normalised service of a request's tenant, for the choice of victims; 0 where tenants are not told apart."""
         one = self._requests.get(request_id)

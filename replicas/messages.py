@@ -12,6 +12,7 @@ from cost_service.samples import Sample
 from cost_service.service_messages import AccountReport, Share
 from replicas.config import PreemptionPolicy
 from replicas.fair_queue import Admission
+from replicas.turnaround import Ended
 
 T = TypeVar("T")
 
@@ -65,6 +66,9 @@ class ServiceReport(msgspec.Struct, frozen=True, kw_only=True, tag="service", fo
     """Rises by one with every service report of the epoch, from 1."""
 
     accounts: list[tuple[Account, AccountReport]]
+    ended: dict[str, Ended] = {}
+    """Requests of these tenants that have ended since the epoch began."""
+
     known: dict[str, float] | None = None
     """In a report of all accounts: counters by tenant as the engine knows them, for a scheduler that has lost its own."""
 
@@ -81,6 +85,20 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forb
     preemption: str
     """Policy in force."""
 
+    admission: str
+    """Order of admission in force."""
+
+    service_kind: str
+    """What is equalised between tenants."""
+
+    service: float
+    """Service that all tenants were given, in that unit."""
+
+    num_pool_tokens: int
+    """Tokens that the KV blocks hold."""
+
+    max_num_seqs: int
+    max_model_len: int
     num_running: int
     num_waiting: int
     num_kv_blocks: int

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from cost_service.cost_actor import exchange_for_ever
+from cost_service.named_actor import exchange_for_ever
 from cost_service.samples import Sample
-from cost_service.service import Kind
+from cost_service.service import ACTOR, Kind
 from cost_service.snapshot import CostSnapshot
 from replicas.channel import ServerEnd
 from replicas.messages import CostSamples, SetCosts
@@ -40,7 +40,9 @@ class CostExchange:
 
     async def run(self) -> None:
         """Exchange for ever."""
-        await exchange_for_ever(self._exchange, self._say_degraded, interval_s=INTERVAL_S, kept="costs stay")
+        await exchange_for_ever(
+            ACTOR, self._exchange, self._say_degraded, interval_s=lambda: INTERVAL_S, kept="costs stay as they are"
+        )
 
     async def _exchange(self, actor: Any) -> None:
         if self._costs is None:

@@ -7,7 +7,8 @@ def degraded_gauge() -> Gauge:
     """1 while a part is not itself, by its name in the tag `part`."""
     return Gauge(
         "adaptivellm_degraded",
-        description="1 while a part is not itself: preemption does as vLLM does, cost_service does not answer a replica, "
-        "output_lengths are not exchanged by an ingress, tenants are not read anew by an ingress.",
+        description="1 while a part is not itself: preemption does as vLLM does, cost_service or fairness does not answer a "
+        "replica, output_lengths are not exchanged by an ingress, tenants are not read anew, weights are not told by an "
+        "ingress.",
         tag_keys=("part",),
     )

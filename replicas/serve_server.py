@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import time
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,12 +18,14 @@ from ray.serve.llm import LLMServer
 from ray.util.metrics import Counter, Gauge
 
 from replicas.channel import CHANNEL_VARIABLE, ServerEnd
-from replicas.config import parse_policy
-from replicas.messages import CostSamples, EngineTotals, SetPolicy
+from replicas.config import parse_admission, parse_policy
+from replicas.messages import CostSamples, EngineTotals, ServiceReport, SetPolicy
 from replicas.parent_watch import PARENT_VARIABLE
 from replicas.serve_costs import CostExchange
 from replicas.serve_engine import AdaptiveVLLMEngine
+from replicas.serve_fairness import FairnessExchange
 from replicas.serve_metrics import degraded_gauge
+from replicas.turnaround import TurnaroundMeans
 
 logger = logging.getLogger("ray.serve")
 
@@ -43,13 +46,19 @@ class AdaptiveLLMServer(LLMServer):
         """Open the channel, then start the engine."""
         self._totals: EngineTotals | None = None
         self._totals_at_s = 0.0
-        self._name = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._name = context.replica_id.unique_id
         self._metrics = _Metrics()
         self._channel = ServerEnd()
         os.environ[CHANNEL_VARIABLE] = self._channel.address
         os.environ[PARENT_VARIABLE] = str(os.getpid())
-        self._costs = CostExchange(self._channel, self._metrics.say_cost_service_away)
-        self._tasks = [asyncio.create_task(self._read_channel()), asyncio.create_task(self._costs.run())]
+        self._costs = CostExchange(self._channel, partial(self._metrics.say_degraded, "cost_service"))
+        self._fairness = FairnessExchange(
+            self._channel, partial(self._metrics.say_degraded, "fairness"), replica=self._name,
+            pool=f"{context.app_name}/{self._llm_config.model_id}",
+        )  # fmt: skip
+        loops = (self._read_channel(), self._costs.run(), self._fairness.run())
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
         await super().start()
 
     async def status(self) -> dict[str, Any]:
@@ -62,13 +71,20 @@ class AdaptiveLLMServer(LLMServer):
             "totals": msgspec.to_builtins(totals) if totals else None,
         }
 
-    async def set_policy(self, preemption: str) -> dict[str, Any]:
-        """Let the engine follow another preemption policy; `taken` is False when it does not take the message in a second.
+    async def set_policy(self, preemption: str | None = None, admission: str | None = None) -> dict[str, Any]:
+        """Let the engine follow other policies; `taken` is False when it does not take the message in a second.
+
+        Args:
+            preemption: None leaves it as it is; so with admission.
 
         Raises:
             ValueError: No such policy.
         """
-        taken = await self._channel.send(SetPolicy(preemption=parse_policy(preemption)))
+        message = SetPolicy(
+            preemption=None if preemption is None else parse_policy(preemption),
+            admission=None if admission is None else parse_admission(admission),
+        )
+        taken = await self._channel.send(message)
         return {"replica": self._name, "taken": taken}
 
     async def check_health(self) -> None:
@@ -90,11 +106,13 @@ class AdaptiveLLMServer(LLMServer):
             message = await self._channel.receive()
             if isinstance(message, CostSamples):
                 self._costs.add(message)
-                continue
-            if not isinstance(message, EngineTotals):
-                continue
-            self._metrics.update(self._totals, message)
-            self._totals, self._totals_at_s = message, time.monotonic()
+            elif isinstance(message, ServiceReport):
+                self._fairness.add(message)
+                self._metrics.show_turnarounds(message)
+            else:
+                self._metrics.update(self._totals, message)
+                self._totals, self._totals_at_s = message, time.monotonic()
+                self._fairness.note(message, self._totals_at_s)
 
 
 class _Metrics:
@@ -115,14 +133,26 @@ class _Metrics:
             description="How far predicted and measured seconds of preemptions are apart, relative to the measured ones.",
             tag_keys=("action",),
         )
+        self._turnaround = Gauge(
+            "adaptivellm_weighted_turnaround",
+            description="How many times longer a tenant's last requests took here than they would have alone, as predicted.",
+            tag_keys=("tenant",),
+        )
+        self._means = TurnaroundMeans()
         self._degraded = degraded_gauge()
+        for part in ("cost_service", "fairness"):
+            self.say_degraded(part, False)
         self._headroom = Gauge("adaptivellm_headroom_blocks", description="KV blocks kept free at admission.")
         self._host_slots = Gauge(
             "adaptivellm_host_pool_blocks", description="KV blocks of the host pool.", tag_keys=("state",)
         )
 
-    def say_cost_service_away(self, away: bool) -> None:
-        self._degraded.set(float(away), tags={"part": "cost_service"})
+    def say_degraded(self, part: str, away: bool) -> None:
+        self._degraded.set(float(away), tags={"part": part})
+
+    def show_turnarounds(self, report: ServiceReport) -> None:
+        for tenant, mean in self._means.read(report.epoch, report.ended).items():
+            self._turnaround.set(mean, tags={"tenant": tenant})
 
     def update(self, before: EngineTotals | None, now: EngineTotals) -> None:
         if before is not None and before.epoch != now.epoch:

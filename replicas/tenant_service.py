@@ -143,6 +143,8 @@ class TenantService:
         self._unanswered: dict[Account, int] = {}  # the first report that says how an account is now
         self._taken: set[str] = set()  # requests that were taken out in this step
         self._fell: list[Callable[[Account], None]] = []
+        self.total = 0.0
+        """Service that all tenants were given."""
 
     def watch(self, fell: Callable[[Account], None]) -> None:
         """Have a function called whenever keys of an account may have fallen; they rise without a word."""
@@ -234,6 +236,8 @@ class TenantService:
         service = self.unit.service(served)
         payer.tenant.total += service
         payer.user.total += service
+        if account.tenant != SYSTEM:
+            self.total += service
         hold = self._holds.get(request_id)
         if hold is not None and hold.service > 0.0:
             used = min(_exact(service), hold.service)

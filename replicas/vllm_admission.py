@@ -20,6 +20,7 @@ from replicas.messages import ServiceReport, SetShares
 from replicas.preemption_cost import prefill_s
 from replicas.preemptor import Preemptor
 from replicas.request_stamp import TENANT, age_s_in, remaining_tokens, tenant_in, user_in, weight_in
+from replicas.turnaround import Turnarounds
 from replicas.vllm_internals import Request, RequestQueue, RequestStatus, Scheduler, SchedulerOutput
 from replicas.vllm_memory import stamp_of
 
@@ -84,6 +85,7 @@ class EngineAdmission:
         self.skipped = FairRequestQueue(self, core.skipped)
         self._queues = {id(core.waiting): self.waiting, id(core.skipped): self.skipped}
         scheduler.waiting, scheduler.skipped_waiting = self.waiting, self.skipped
+        self.turnarounds = Turnarounds()
         self._tells_everything = False
 
     def wait(self, request: Request, queue: FairQueue, *, front: bool = False) -> None:
@@ -140,6 +142,7 @@ class EngineAdmission:
                     engine_us=max(0, round(seconds * 1e6)),
                 )  # fmt: skip
         self.core.end_step(self._has_blocks)
+        self.turnarounds.note_step(self._preemptor.step_s)
 
     def settle(self) -> None:
         """Charge what the running requests were given since the last time."""
@@ -151,6 +154,8 @@ class EngineAdmission:
         """The request has finished, was aborted or has failed."""
         if self.requests.pop(request.request_id, None) is not None:
             self.core.delivered(request.request_id, request.num_output_tokens, token_us=self._token_us())
+            if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+                self._count_turnaround(request)
             self.core.ended(request.request_id)
 
     def learn(self, message: SetShares) -> None:
@@ -166,11 +171,24 @@ class EngineAdmission:
         if not accounts and not everything:
             return None
         known = dict(self.core.service.known()) if everything else None
-        return ServiceReport(epoch=epoch, sequence=self.core.sequence, accounts=list(accounts.items()), known=known)
+        return ServiceReport(
+            epoch=epoch, sequence=self.core.sequence, accounts=list(accounts.items()), known=known,
+            ended=self.turnarounds.of(account.tenant for account in accounts),
+        )  # fmt: skip
 
     def left_idle(self) -> str | None:
         """A request that fits what the last step left and should have been admitted in it, or None; for tests."""
         return self.core.bypass.left_idle([self._need(each.request_id) for each in self.core.order()], self._room())
+
+    def _count_turnaround(self, request: Request) -> None:
+        step_s = self.turnarounds.alone_step_s
+        alone_s = service_alone_s(
+            request.num_prompt_tokens, request.num_output_tokens, costs=self._preemptor.costs, step_s=step_s
+        )
+        self.turnarounds.add(
+            tenant_in(stamp_of(request)), alone_s=alone_s if step_s else 0.0,
+            turnaround_s=time.monotonic() - self.core.arrival_s(request.request_id),
+        )  # fmt: skip
 
     def _has_blocks(self, request_id: str) -> bool:
         return self.requests[request_id].status in (RequestStatus.RUNNING, RequestStatus.WAITING_FOR_REMOTE_KVS)

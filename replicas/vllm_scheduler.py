@@ -22,11 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cost_service.charges import ServiceUnit
+from cost_service.charges import ServiceKind, ServiceUnit
+from cost_service.service_messages import ENGINE_INTERVAL_S
 from replicas.admission import AdmissionSettings, RequestAdmission
 from replicas.channel import EngineEnd
 from replicas.config import PreemptionPolicy, SwapConfig, parse_policy
 from replicas.decision_log import DecisionLog
+from replicas.fair_queue import Admission
 from replicas.guard import GuardSettings
 from replicas.messages import CostSamples, EngineTotals, SetPolicy, SetShares
 from replicas.parent_watch import watch_parent
@@ -50,9 +52,6 @@ from replicas.vllm_memory import MemoryView, tenant_of
 from replicas.vllm_swap import SwapConnector
 
 logger = logging.getLogger(__name__)
-
-TOTALS_INTERVAL_S = 0.1
-"""Seconds between two messages to the server while the engine works; it also sends when it falls idle."""
 
 
 class _AdaptiveMixin(Scheduler):
@@ -150,7 +149,7 @@ class _AdaptiveMixin(Scheduler):
         self._learn(scheduler_output, now_s)
         # No step follows the one that leaves the engine idle, so its report cannot wait for the interval.
         if now_s >= self._next_totals_s or not self.requests:
-            self._next_totals_s = now_s + TOTALS_INTERVAL_S
+            self._next_totals_s = now_s + ENGINE_INTERVAL_S
             self._report(now_s)
         return outputs
 
@@ -323,10 +322,17 @@ class _AdaptiveMixin(Scheduler):
         self._sequence += 1
         pool = self._swap.planning.pool if self._swap else None
         block_pool, preemptor = self.kv_cache_manager.block_pool, self.preemptor
+        admission = self.admission.core if self.admission is not None else None
         return EngineTotals(
             epoch=self._epoch,
             sequence=self._sequence,
             preemption=preemptor.name.value,
+            admission=(admission.admission if admission is not None else Admission.FIRST_COME).value,
+            service_kind=(admission.settings.unit.kind if admission is not None else ServiceKind.TOKENS).value,
+            service=admission.service.total if admission is not None else 0.0,
+            num_pool_tokens=block_pool.num_gpu_blocks * self.block_size,
+            max_num_seqs=self.max_num_running_reqs,
+            max_model_len=self.max_model_len,
             num_running=len(self.running),
             num_waiting=len(self.waiting) + len(self.skipped_waiting),
             num_kv_blocks=block_pool.num_gpu_blocks,

@@ -39,7 +39,17 @@ SWAP, RECOMPUTE = SetPolicy(preemption="swap"), SetPolicy(preemption="recompute"
 
 def totals(sequence: int) -> EngineTotals:
     counters = dict.fromkeys(EngineTotals.__struct_fields__, 0)
-    return EngineTotals(**counters | {"epoch": "e", "preemption": "swap", "guarded": False, "sequence": sequence})
+    return EngineTotals(
+        **counters
+        | {
+            "epoch": "e",
+            "preemption": "swap",
+            "admission": "fair",
+            "service_kind": "tokens",
+            "guarded": False,
+            "sequence": sequence,
+        }
+    )
 
 
 @pytest.fixture
@@ -390,7 +400,7 @@ def without_channel(tiny_model: Path) -> Run:
 def test_an_engine_delivers_the_same_tokens_when_nobody_reads_its_channel(
     tiny_model: Path, without_channel: Run, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
-    monkeypatch.setattr("replicas.vllm_scheduler.TOTALS_INTERVAL_S", 0.0)  # every step reports: the queue does fill
+    monkeypatch.setattr("replicas.vllm_scheduler.ENGINE_INTERVAL_S", 0.0)  # every step reports: the queue does fill
     monkeypatch.setenv(CHANNEL_VARIABLE, address)
     with peer_process(address, "ignores"):
         assert run_engine(tiny_model, "swap", mixed_jobs(20), num_blocks=PRESSURE_BLOCKS) == without_channel

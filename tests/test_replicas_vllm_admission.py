@@ -251,3 +251,31 @@ def test_a_victim_comes_back_by_its_arrival_and_not_ahead_of_a_less_served_tenan
     one.finish()
     one.check_tokens()
     assert one.admitted.index("g") < max(i for i, name in enumerate(one.admitted) if name == "f1")
+
+
+def test_a_report_says_how_much_longer_requests_took_than_alone(tiny_model: Path) -> None:
+    one = engine(tiny_model)
+    for number in range(30):
+        one.add(f"f{number}", "f", prompt=40, output=20)
+    one.add("g", "g", prompt=40, output=20, age_s=1000.0)
+    one.add("aborted", "h")
+    one.step()
+    one.abort("aborted")
+    one.finish()
+    ended = one.scheduler.admission.report("e").ended
+    assert set(ended) == {"f", "g"}, "a client that left had no answer"
+    assert (ended["f"].num, ended["g"].num) == (30, 1)
+    assert ended["f"].weighted_turnaround > 0.0
+    assert ended["g"].weighted_turnaround > 1000.0, "the time before its arrival here counts"
+
+
+def test_totals_say_what_all_tenants_were_given_and_what_the_engine_holds(tiny_model: Path) -> None:
+    one = engine(tiny_model, num_blocks=40)
+    one.add("f", "f", prompt=40, output=20)
+    one.add("g", None, prompt=30, output=10)
+    one.finish()
+    one.scheduler.admission.settle()
+    totals = one.scheduler.totals()
+    assert (totals.admission, totals.service_kind) == ("fair", "tokens")
+    assert totals.service == 40 + 2 * 20 + 30 + 2 * 10
+    assert totals.num_pool_tokens == totals.num_kv_blocks * BLOCK_SIZE

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from cost_service.charges import Served, ServiceUnit
-from cost_service.service_messages import Answer, Report
-from global_scheduler.bound import FairnessBound, ReplicaLimits, fairness_bound
+from cost_service.service_messages import Answer, ReplicaLimits, Report
+from global_scheduler.bound import FairnessBound, fairness_bound
 from global_scheduler.counters import FairCounters
 from global_scheduler.fair_share import FairShare
 from global_scheduler.fairness_checker import FairnessChecker

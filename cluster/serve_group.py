@@ -30,9 +30,9 @@ R = TypeVar("R")
 def cluster_actors(folder: Path) -> Iterator[None]:
     """A Ray cluster of this command's own with the product's actors, over a store in a folder."""
     import ray
-    from global_scheduler.fairness_actor import start_fairness_actor
 
     from cost_service.cost_actor import start_cost_actor
+    from global_scheduler.fairness_actor import start_fairness_actor
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
@@ -151,9 +151,8 @@ class _Servers:
 
 async def _serve(channel: ServerEnd, *, replica: str, pool: str | None) -> None:
     """What `replicas.serve_server` does beside requests."""
-    from replicas.serve_fairness import FairnessExchange
-
     from replicas.serve_costs import CostExchange
+    from replicas.serve_fairness import FairnessExchange
 
     costs = CostExchange(channel, lambda away: None)
     fairness = FairnessExchange(channel, lambda away: None, pool=pool, replica=replica) if pool is not None else None

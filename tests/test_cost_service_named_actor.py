@@ -1,4 +1,4 @@
-"""Goal: whoever exchanges with the cost service goes on while it is away, says so once, and finds it when it is back.
+"""Goal: whoever exchanges with an actor of the cluster goes on while it is away, says so once, and finds it when it is back.
 
 Method: the loop itself, over a lookup that answers as Ray's does; tests/test_ray_serve.py kills the real actor.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cost_service import cost_actor
+from cost_service import named_actor
 
 
 class Enough(BaseException):
@@ -21,7 +21,8 @@ def run(monkeypatch: pytest.MonkeyPatch, lookups: list[str | None], answers: lis
     found: Iterator[str | None] = iter(lookups)
     coming = iter(answers)
 
-    def find() -> str | None:
+    def find(name: str) -> str | None:
+        assert name == "n"
         actor = next(found)
         told.append(f"found {actor}")
         return actor
@@ -32,11 +33,15 @@ def run(monkeypatch: pytest.MonkeyPatch, lookups: list[str | None], answers: lis
         if answer is not None:
             raise answer
 
-    monkeypatch.setattr(cost_actor, "find_cost_actor", find)
+    monkeypatch.setattr(named_actor, "find_actor", find)
     with pytest.raises(Enough):
         asyncio.run(
-            cost_actor.exchange_for_ever(
-                exchange, lambda away: told.append("away" if away else "back"), interval_s=0.0, kept="costs stay"
+            named_actor.exchange_for_ever(
+                "n",
+                exchange,
+                lambda away: told.append("away" if away else "back"),
+                interval_s=lambda: 0.0,
+                kept="costs stay",
             )
         )
     return told
@@ -53,11 +58,11 @@ def test_one_that_is_away_is_said_once_and_looked_up_until_it_is_back(
     assert told == [
         "found None", "away", "found a", "asked a", "found a", "asked a", "found b", "asked b", "back", "asked b"
     ]  # fmt: skip
-    assert caplog.text.count("The cost service does not answer") == 1
+    assert caplog.text.count("The actor n does not answer") == 1
 
 
 def test_one_that_never_answers_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost_actor, "TIMEOUT_S", 0.01)
+    monkeypatch.setattr(named_actor, "TIMEOUT_S", 0.01)
     told: list[bool] = []
 
     async def exchange(actor: str) -> None:
@@ -65,7 +70,9 @@ def test_one_that_never_answers_is_away(monkeypatch: pytest.MonkeyPatch) -> None
             raise Enough
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(cost_actor, "find_cost_actor", lambda: "a")
+    monkeypatch.setattr(named_actor, "find_actor", lambda name: "a")
     with pytest.raises(Enough):
-        asyncio.run(cost_actor.exchange_for_ever(exchange, told.append, interval_s=0.0, kept="costs stay"))
+        asyncio.run(
+            named_actor.exchange_for_ever("n", exchange, told.append, interval_s=lambda: 0.0, kept="costs stay")
+        )
     assert told == [True]

@@ -1,0 +1,128 @@
+"""The fairness scheduler as one Ray actor for the whole cluster (shell around `global_scheduler.fairness_service`).
+
+Rules:
+- It runs on the head node alone: its store is a file there, and wherever else it came back it would find another one.
+- One call at a time: a call is some microseconds of arithmetic, and a second thread would only wait for it. What is slow,
+  encoding and writing what is stored, happens in a thread of its own, for a tenth of the time at most.
+- What was reported since the last save is not lost with the actor: replicas tell totals, so that their next reports hold it.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.util.metrics import Counter, Gauge
+
+from cost_service.named_actor import start_actor
+from cost_service.service import Store
+from cost_service.service_messages import ACTOR
+from cost_service.tenant_labels import TenantLabels
+from global_scheduler.fairness_pool import PoolFigures
+from global_scheduler.fairness_service import FairnessService
+
+logger = logging.getLogger("ray.serve")
+
+SAVE_INTERVAL_S = 1.0
+SAVE_SHARE = 0.1
+"""Of the time, that saving may take."""
+
+HEAD = {"node:__internal_head__": 0.001}
+"""A little of what Ray gives the head node alone."""
+
+
+class FairnessActor:
+    """Merges what replicas report, tells them what they need to know, and keeps it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._service = FairnessService(store, life=os.urandom(8).hex(), now_s=time.monotonic())
+        self._metrics = _Metrics()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._keep_for_ever, daemon=True, name="save").start()
+
+    def exchange(self, report: bytes) -> bytes:
+        """See `FairnessService.exchange`."""
+        with self._lock:
+            began_s = time.thread_time()
+            answer = self._service.exchange(report, time.monotonic())
+            self._service.took(time.thread_time() - began_s)
+            return answer
+
+    def set_weights(self, weights: Mapping[str, float]) -> str:
+        """See `FairnessService.set_weights`."""
+        with self._lock:
+            return self._service.set_weights(weights)
+
+    def status(self) -> dict[str, Any]:
+        """See `FairnessService.status`; with the node and the process that it runs on."""
+        with self._lock:
+            told = self._service.status()
+        return {**told, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+
+    def _keep_for_ever(self) -> None:
+        wait_s = SAVE_INTERVAL_S
+        while True:
+            time.sleep(wait_s)
+            began_s = time.monotonic()
+            try:
+                self._keep()
+            except Exception as error:
+                with self._lock:
+                    self._service.forget_saved()
+                logger.warning("Fairness could not be stored (%s: %s); it goes on.", type(error).__name__, error)
+            wait_s = max(SAVE_INTERVAL_S, (time.monotonic() - began_s) / SAVE_SHARE)
+
+    def _keep(self) -> None:
+        with self._lock:
+            self._service.tick(time.monotonic())
+            documents, figures = list(self._service.unsaved()), self._service.figures()
+            self._metrics.update(figures)
+        for collection, name, document in documents:
+            self._store.save(collection, name, document)
+
+
+class _Metrics:
+    """Ray metrics of the cluster's fairness."""
+
+    def __init__(self) -> None:
+        self._service = Counter(
+            "adaptivellm_tenant_service_total",
+            description="Service that tenants were given: weighted tokens, or seconds of engine time.",
+            tag_keys=("pool", "tenant"),
+        )
+        self._gap = Gauge(
+            "adaptivellm_fairness_gap",
+            description="How far apart the normalised service of two tenants is at most that have waited all the time.",
+            tag_keys=("pool",),
+        )
+        self._bound = Gauge(
+            "adaptivellm_fairness_bound", description="What that gap is promised not to exceed.", tag_keys=("pool",)
+        )
+        self._ratio = Gauge(
+            "adaptivellm_fairness_gap_of_bound", description="The gap as a share of the bound.", tag_keys=("pool",)
+        )
+        self._labels = TenantLabels()
+        self._counted: dict[tuple[str, str], float] = {}
+
+    def update(self, pools: Mapping[str, PoolFigures]) -> None:
+        """Export figures by pool."""
+        for pool, figures in pools.items():
+            if figures.gap is not None and figures.stated is not None:
+                tags = {"pool": pool}
+                self._gap.set(figures.gap.gap, tags=tags)
+                self._bound.set(figures.stated, tags=tags)
+                self._ratio.set(figures.gap.ratio, tags=tags)
+            for tenant, service in sorted(figures.served.items(), key=lambda one: -one[1]):
+                added = service - self._counted.get((pool, tenant), 0.0)
+                if added > 0.0:
+                    self._counted[pool, tenant] = service
+                    self._service.inc(added, tags={"pool": pool, "tenant": self._labels.label(tenant)})
+
+
+def start_fairness_actor(store: Store) -> Any:
+    """Start the actor on the head node where there is none yet; returns its handle at once."""
+    return start_actor(FairnessActor, ACTOR, store, resources=HEAD)

@@ -1,0 +1,28 @@
+"""The most that something rose by in a second, from readings of its total; no clock of its own.
+
+Rule: a rate is over `WINDOW_S` at least, so that two readings in quick succession are no peak, and over not much more: what
+is given within a stale interval is what the fairness bound asks for.
+"""
+
+from collections import deque
+
+WINDOW_S = 0.5
+
+
+class PeakRate:
+    """Highest rate of a total that only grows."""
+
+    def __init__(self) -> None:
+        self.per_s = 0.0
+        self._readings: deque[tuple[float, float]] = deque()
+
+    def read(self, now_s: float, total: float) -> None:
+        """Take a reading; a total that fell has begun anew."""
+        readings = self._readings
+        if readings and total < readings[-1][1]:
+            readings.clear()
+        readings.append((now_s, total))
+        while len(readings) > 2 and now_s - readings[1][0] >= WINDOW_S:
+            readings.popleft()
+        first_s, first = readings[0]
+        self.per_s = max(self.per_s, (total - first) / max(WINDOW_S, now_s - first_s))
