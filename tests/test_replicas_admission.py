@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_service.charges import Served, ServiceKind, ServiceUnit
+from cost_service.charges import NOTHING, SYSTEM, Account, Served, ServiceKind, ServiceUnit
 from replicas.admission import AdmissionSettings, RequestAdmission
 from replicas.fair_queue import Admission
+from replicas.preemption import Action, PreemptionDecision
+from replicas.preemption_cost import Prices
 
 SECONDS = ServiceUnit(kind=ServiceKind.SECONDS)
 
@@ -99,6 +101,18 @@ def test_in_seconds_outputs_are_predicted_by_what_tokens_have_taken_as_of_late()
     add(one, "b", predicted=100)
     admit(one, "b", engine_us=2000)
     assert one.service.tenant_key("f") == pytest.approx(0.014 + 0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("action", "engine_us"), [(Action.SWAP, 3000), (Action.RECOMPUTE, 0)])
+def test_a_swap_is_the_systems_and_a_recomputation_is_when_it_happens(action: Action, engine_us: int) -> None:
+    one = admission_of(unit=SECONDS)
+    add(one, "a", prompt_s=0.5)
+    admit(one, "a", engine_us=2000)
+    prices = Prices(recompute_s=0.001, swap_s=0.003, terms_s={})
+    one.gave_way(PreemptionDecision(request_id="a", action=action, num_blocks=1, prices=prices, reason=""))
+    one.put_back("a", one.waiting, front=True)
+    assert one.service.totals().get(Account(SYSTEM), NOTHING) == Served(engine_us=engine_us)
+    assert one.service.tenant_key("f") == pytest.approx(0.002), "its tenant pays for what it was given"
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 80), st.booleans()), max_size=30))
