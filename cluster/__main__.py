@@ -23,8 +23,12 @@ COMMANDS = {
     ),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
     "bench-simulation": ("cluster.bench_simulation", "how many requests a second the simulator serves"),
-    "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),
+    "bench-decision": ("cluster.bench_decision", "what one decision on preemption or admission costs, in microseconds"),
     "bench-fairness-rpc": ("cluster.bench_fairness_rpc", "how many exchanges a second the fairness actor takes"),
+    "bench-fairness-actor": (
+        "cluster.bench_fairness",
+        "how many reports of replicas the fairness scheduler merges a second",
+    ),
     "bench-http": ("cluster.bench_http", "compare this endpoint with plain vLLM's server over HTTP"),
 }
 

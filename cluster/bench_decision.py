@@ -1,7 +1,8 @@
-"""`python -m cluster bench-decision`: what one decision on preemption costs, in process and without an engine.
+"""`python -m cluster bench-decision`: what one decision on preemption or admission costs, in process and without an engine.
 
-Three figures: pricing the candidates (their table is built already), building the table, and reading the views of all
-running requests out of vLLM's own blocks and requests.
+Preemption: pricing the candidates (their table is built already), building the table, and reading the views of all running
+requests out of vLLM's own blocks and requests. Admission: letting one more request wait, and choosing and taking out who is
+next, with few and with many who wait, of one tenant and of a thousand.
 """
 
 import argparse
@@ -11,18 +12,22 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from cost_service.analytic import analytic_snapshot
+from cost_service.charges import Served
 from cost_service.hardware import HARDWARE
 from cost_service.learner import BLOCK_KNOTS, TOKEN_KNOTS
 from cost_service.model_shape import SEVEN_BILLION
+from replicas.fair_queue import FairQueue, Waiting
 from replicas.host_pool import HostBlockPool
 from replicas.preemption import AdaptivePolicy
 from replicas.preemption_cost import Candidate, CandidateTable, Pressure
 from replicas.request_stamp import make_stamp
+from replicas.tenant_service import TenantService
 
 BLOCK_SIZE, ROUNDS = 16, 300
 
@@ -38,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
     """Measure and print medians in microseconds; 0."""
     figures = measure(options.candidates, options.requests, options.tokens)
     for name, value_us in figures.items():
-        print(f"{name:<44}{value_us:>9.1f} us")
+        print(f"{name:<64}{value_us:>9.1f} us")
     if options.json:
         options.json.write_text(json.dumps({"benchmark": "decision", "median_us": figures}, indent=2) + "\n")
     return 0
@@ -68,7 +73,7 @@ def measure(num_candidates: int, num_requests: int, num_tokens: int) -> dict[str
     )
     table = CandidateTable(candidates, block_size=BLOCK_SIZE, horizon_tokens=32)
     view, requests, host = views(num_requests, num_tokens)
-    return {
+    decisions = {
         f"pricing {num_candidates} candidates": median_us(lambda: table.price(around, costs)),
         f"pricing {num_candidates} candidates, learned costs": median_us(lambda: table.price(around, learned)),
         f"table of {num_candidates} candidates": median_us(
@@ -79,6 +84,39 @@ def measure(num_candidates: int, num_requests: int, num_tokens: int) -> dict[str
             lambda: [view.candidate(request, host, survival=0.0) for request in requests]
         ),
     }
+    for num_waiting in (100, 10_000):
+        for num_tenants in (1, 1000):
+            name = f"of {num_waiting:,} waiting, {min(num_waiting, num_tenants):,} tenants"
+            added, taken = queue_us(num_waiting, num_tenants)
+            decisions |= {f"fair queue, add: {name}": added, f"fair queue, peek and pop: {name}": taken}
+    return decisions
+
+
+def queue_us(num_waiting: int, num_tenants: int) -> tuple[float, float]:
+    """Median microseconds of an `add` and of a `peek` and `pop`, in a queue that stays as long; every pop is charged."""
+    rng, service = random.Random(0), TenantService()
+    queue = FairQueue(service)
+    waiting = (
+        Waiting(
+            request_id=f"{number}", account=service.account(f"t{number % num_tenants}", f"u{rng.randrange(5)}"),
+            arrival_s=rng.uniform(0.0, 100.0), service_s=rng.lognormvariate(0.0, 1.5), held=rng.uniform(10.0, 1000.0),
+        )
+        for number in count()
+    )  # fmt: skip
+    for each in islice(waiting, num_waiting):
+        queue.add(each)
+    queue.begin_step(200.0)
+    times_us: list[tuple[float, float]] = []
+    for new in islice(waiting, 3 * ROUNDS):
+        start_ns = time.perf_counter_ns()
+        queue.add(new)
+        added_ns = time.perf_counter_ns()
+        queue.peek()
+        popped = queue.pop()
+        times_us.append(((added_ns - start_ns) / 1000, (time.perf_counter_ns() - added_ns) / 1000))
+        service.charge(popped.request_id, popped.account, Served(num_output_tokens=10))
+    added, taken = zip(*times_us, strict=True)
+    return statistics.median(added), statistics.median(taken)
 
 
 def candidate(name: str, num_tokens: int) -> Candidate:

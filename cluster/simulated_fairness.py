@@ -65,7 +65,8 @@ class FairWaiting:
             self.core.add(
                 request.request_id, tenant=request.tenant, user=user_in(request.stamp), arrival_s=arrival_s,
                 weight=weight_in(request.stamp) if TENANT in request.stamp else None,
-                num_prompt_tokens=request.num_tokens,
+                num_prompt_tokens=request.num_tokens, num_output_tokens=num_output,
+                prompt_s=prefill_s([(0, request.num_tokens)], num_decodes=0, costs=self.costs),
                 service_s=service_alone_s(request.num_tokens, num_output, costs=self.costs, step_s=self.step_s),
             )  # fmt: skip
         self._arrived.clear()

@@ -7,7 +7,7 @@ Rules:
 """
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
 ROUNDING = 1e-9
 """Share of a key by which it may fall without a word: sums of floats."""
@@ -19,11 +19,13 @@ SPARE_ENTRIES = 64
 class Lowest:
     """Members by a key that is asked for when it is needed."""
 
-    __slots__ = ("_heap", "_key", "_members")
+    __slots__ = ("_heap", "_key", "_members", "members")
 
     def __init__(self, key: Callable[[str], float]) -> None:
         self._key = key
         self._members: set[str] = set()
+        self.members: Set[str] = self._members
+        """Who is a member now, to be read: the same object for ever, for loops in which a call is too dear."""
         self._heap: list[tuple[float, str]] = []
 
     def __len__(self) -> int:

@@ -33,6 +33,10 @@ class AccountReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reserved: float = 0.0
     """Service that running requests are predicted to get and have not had yet."""
 
+    era: int = 0
+    """Which of the account's records in this epoch the total is of: it rises when the engine has forgotten the account and
+    counts anew from nothing. A first total of nothing says that the account is forgotten, and is all that is said of it."""
+
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica says at an interval."""
@@ -53,13 +57,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ValueError: A number is out of range; the message names it.
         """
-        _check_count("sequence", self.sequence, self.replica)
+        if not _are_counts((self.sequence,)):
+            _check_count("sequence", self.sequence, self.replica)
         for account, report in self.accounts.items():
-            where = f"{account.tenant!r}/{account.user!r} at {self.replica!r}"
-            report.served.checked(where)
-            _check_count("num_waiting", report.num_waiting, where)
-            _check_count("num_running", report.num_running, where)
-            if not 0.0 <= report.reserved < MAX_COUNT:
+            gauges = (report.num_waiting, report.num_running, report.era)
+            if not (_are_counts(report.served) and _are_counts(gauges) and 0.0 <= report.reserved < MAX_COUNT):
+                where = f"{account.tenant!r}/{account.user!r} at {self.replica!r}"
+                report.served.checked(where)
+                for name, value in zip(("num_waiting", "num_running", "era"), gauges, strict=True):
+                    _check_count(name, value, where)
                 raise ValueError(f"reserved of {where} is {report.reserved!r}; it must be a number from 0 up to 2^53.")
         return self
 
@@ -203,6 +209,14 @@ class FairnessAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     interval_s: float
     """Seconds until the next exchange."""
+
+
+def _are_counts(values: tuple[int, ...]) -> bool:
+    """Whether all are integers from 0 up to 2^53; for thousands of lines a second, names come later."""
+    for value in values:  # noqa: SIM110 `all` takes twice as long
+        if type(value) is not int or not 0 <= value < MAX_COUNT:
+            return False
+    return True
 
 
 def _check_count(field_name: str, value: int, where: str, *, least: int = 0) -> None:

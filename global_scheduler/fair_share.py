@@ -13,11 +13,10 @@ Rules:
   the totals of that report are a beginning, not a charge. So at most the others' service since their last answer is lost.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from cost_service.charges import MAX_COUNT, SYSTEM, Account, ServiceUnit
+from cost_service.charges import MAX_COUNT, NOTHING, SYSTEM, Account, ServiceUnit
 from cost_service.lowest import SPARE_ENTRIES
 from cost_service.service_messages import AccountReport, Answer, Known, Report, Share
 from global_scheduler.counters import FairCounters
@@ -33,7 +32,7 @@ class FairShare:
         self.ledger = Ledger()
         self.version = 0
         self._restored = False
-        self._changed: OrderedDict[str, int] = OrderedDict()  # tenants by the version of their last change
+        self._changed: dict[str, int] = {}  # tenants by the version of their last change
         self._reserved: dict[str, dict[Account, float]] = {}  # service by replica
         self._reserved_at: dict[tuple[str, str], float] = {}  # sums by tenant and replica
         self._reserved_of: dict[str, float] = {}  # sums by tenant
@@ -46,9 +45,12 @@ class FairShare:
         """Nobody waits or runs there any more, and what was reserved there will not be served."""
         self.ledger.remove_replica(replica)
         self.counters.remove_replica(replica)
+        touched: dict[str, None] = {}
         for account in list(self._reserved.get(replica, ())):
             self._reserve(replica, account, 0.0)
-            self._touch(account.tenant)
+            touched[account.tenant] = None
+        self._reserved.pop(replica, None)
+        self._touch(touched)
 
     def set_weight(self, tenant: str, weight: float) -> None:
         """Charge a tenant by another weight from now on.
@@ -56,8 +58,10 @@ class FairShare:
         Raises:
             ValueError: The weight is out of range.
         """
+        before = self.counters.tenants.weight(tenant)
         self.counters.tenants.set_weight(tenant, weight)
-        self._touch(tenant)
+        if weight != before:
+            self._touch({tenant: None})
 
     def take(self, report: Report, *, known: Mapping[str, float] | None = None) -> None:
         """Merge a report.
@@ -77,36 +81,40 @@ class FairShare:
         epoch, before = self.ledger.current(report.replica), self.ledger.present(report.replica)
         begins = known is not None and not self._restored and not self.ledger.knows(report.replica, report.epoch)
         added, newest = self.ledger.merge(report)
-        self.version += 1
+        touched: dict[str, None] = {}
         for account, served in added.items():
+            touched[account.tenant] = None
             if not begins and account.tenant != SYSTEM:
                 admitted = served.num_input_tokens + served.num_cached_tokens > 0
                 self.counters.charge(account, self.unit.service(served), admitted=admitted)
-            self._touch(account.tenant)
         if begins and known is not None:
             lines = {account: line for account, line in report.accounts.items() if account.tenant in known}
-            self._note_presence(report.replica, lines, lifts=False)
+            self._note_presence(report.replica, lines, touched, lifts=False)
             for tenant, counter in known.items():
                 self.counters.tenants.raise_to(tenant, counter)
-                self._touch(tenant)
+                touched[tenant] = None
         if newest and epoch not in (None, report.epoch):
             now = self.ledger.present(report.replica)
             gone = dict.fromkeys((account for account in before if account not in now), ABSENT)
-            self._note_presence(report.replica, {**now, **gone})
+            self._note_presence(report.replica, {**now, **gone}, touched)
         elif newest:
-            self._note_presence(report.replica, report.accounts)
+            self._note_presence(report.replica, report.accounts, touched)
         self.counters.fold()
+        self._touch(touched)
 
     def answer(self, replica: str, epoch: str, *, since: int) -> Answer:
-        """Return what has changed for a replica since a version that it has; 0 for everything."""
+        """Return what has changed for a replica since a version that it has; 0 for everything.
+
+        Its size is the number of tenants that any replica has reported since then: all that are active, at most.
+        """
         if since > self.version:  # a version of another life
             since = 0
-        shares = []
-        for tenant in reversed(self._changed):
-            if self._changed[tenant] <= since:
+        changed: list[str] = []
+        for tenant, version in reversed(self._changed.items()):
+            if version <= since:
                 break
-            shares.append(self._share(tenant, replica, epoch))
-        return Answer(version=self.version, shares=shares)
+            changed.append(tenant)
+        return Answer(version=self.version, shares=self._shares(changed, replica, epoch))
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON values."""
@@ -123,23 +131,27 @@ class FairShare:
         self.version = int(state["version"])
         self._restored = True
         for replica in sorted(self.ledger.replicas):
-            self._note_presence(replica, self.ledger.present(replica), lifts=False)
-        for tenant in self.counters.tenants:
-            self._touch(tenant)
+            self._note_presence(replica, self.ledger.present(replica), {}, lifts=False)
+        self._touch(dict.fromkeys(self.counters.tenants))
 
     def check(self) -> None:
         """Assert what always holds; O(n)."""
         self.ledger.check()
         self.counters.check()
 
-    def _note_presence(self, replica: str, lines: Mapping[Account, AccountReport], *, lifts: bool = True) -> None:
+    def _note_presence(
+        self, replica: str, lines: Mapping[Account, AccountReport], touched: dict[str, None], *, lifts: bool = True
+    ) -> None:
+        """Say who waits and runs at a replica, and note whom that touches."""
+        set_present, reserved = self.counters.set_present, self._reserved.setdefault(replica, {})
         for account, line in lines.items():
             if account.tenant == SYSTEM:
                 continue
             waiting, running = line.num_waiting > 0, line.num_running > 0
-            self.counters.set_present(account, replica, waiting=waiting, running=running, lifts=lifts)
-            self._reserve(replica, account, line.reserved)
-            self._touch(account.tenant)
+            set_present(account, replica, waiting=waiting, running=running, lifts=lifts)
+            if line.reserved or account in reserved:
+                self._reserve(replica, account, line.reserved)
+            touched[account.tenant] = None
 
     def _reserve(self, replica: str, account: Account, reserved: float) -> None:
         accounts = self._reserved.setdefault(replica, {})
@@ -151,29 +163,36 @@ class FairShare:
             _add(self._reserved_at, (tenant, replica), change)
             _add(self._reserved_of, tenant, change)
 
-    def _touch(self, tenant: str) -> None:
-        self._changed[tenant] = self.version
-        self._changed.move_to_end(tenant)
-        if len(self._changed) > 2 * len(self.counters.tenants) + SPARE_ENTRIES:
-            kept = ((name, version) for name, version in self._changed.items() if name in self.counters.tenants)
-            self._changed = OrderedDict(
-                kept
-            )  # whoever was forgotten is told anew when it returns, and its weight with it
+    def _touch(self, tenants: Mapping[str, None]) -> None:
+        """Begin a version in which these have changed."""
+        self.version += 1
+        changed, version = self._changed, self.version
+        for tenant in tenants:
+            changed.pop(tenant, None)  # the last that changed stands last
+            changed[tenant] = version
+        if len(changed) > 2 * len(self.counters.tenants) + SPARE_ENTRIES:
+            # whoever was forgotten is told anew when it returns, and its weight with it
+            self._changed = {name: at for name, at in changed.items() if name in self.counters.tenants}
 
-    def _share(self, tenant: str, replica: str, epoch: str) -> Share:
-        tenants, users = self.counters.tenants, self.counters.users(tenant)
-        weight = tenants.weight(tenant)
-        elsewhere = self._reserved_of.get(tenant, 0.0) - self._reserved_at.get((tenant, replica), 0.0)
-        known = Known(
-            counter=tenants.counter(tenant) + elsewhere / weight,
-            included=self.unit.service(self.ledger.total_of_tenant(replica, epoch, tenant)),
-        )
-        share = Share(tenant=tenant, known=known, weight=weight, waits=tenants.is_waiting(tenant))
-        if len(users) > 1:
-            for user in users:
-                included = self.unit.service(self.ledger.total(replica, epoch, Account(tenant, user)))
-                share.users[user] = Known(counter=users.counter(user), included=included)
-        return share
+    def _shares(self, names: list[str], replica: str, epoch: str) -> list[Share]:
+        """What a replica is told of tenants; for thousands of them in a second, so all that can be looked up before is."""
+        tenants, users_of, service = self.counters.tenants, self.counters.several_users, self.unit.service
+        totals, reserved_of, reserved_at = self.ledger.epoch(replica, epoch), self._reserved_of, self._reserved_at
+        shares = []
+        for name in names:
+            counter, weight = tenants.counter(name), tenants.weight(name)
+            if name in reserved_of:
+                counter += (reserved_of[name] - reserved_at.get((name, replica), 0.0)) / weight
+            total = totals.tenants.get(name)
+            known = Known(counter=counter, included=0.0 if total is None else service(total))
+            share = Share(tenant=name, known=known, weight=weight, waits=tenants.is_waiting(name))
+            users = users_of(name)
+            if users is not None and len(users) > 1:
+                for user in users:
+                    included = service(totals.totals.get(Account(name, user), NOTHING))
+                    share.users[user] = Known(counter=users.counter(user), included=included)
+            shares.append(share)
+        return shares
 
 
 K = TypeVar("K")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from cost_service.charges import checked_weight
 from cost_service.lowest import Lowest
 from global_scheduler.bound import FairnessBound
-from global_scheduler.counters import Level as Counters
+from global_scheduler.level import Level as Counters
 
 HERE = "here"
 """All replicas together, as one place to wait at."""

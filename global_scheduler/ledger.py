@@ -7,55 +7,38 @@ Rules:
 - Gauges (who waits and runs there now) are those of the report with the highest sequence; a report of another epoch with a
   sequence that is new for that epoch takes over, so that a late word of a dead engine lasts one interval at most. Every
   epoch has its own: whichever takes over, nothing of the other's stays, and nothing of its own is missing.
+- A line of a higher era counts from nothing: the engine has forgotten the account, once all of it was answered and long idle
+  (`replicas/tenant_service.py`). Its first total of nothing lets the ledger forget the account, too. What comes late is not
+  taken for a line of a new era: of an account that is unknown, a report says nothing that a later one did not say.
 - An epoch is over once `KEPT_EPOCHS` others of its replica have reported since, or the replica is removed. It is folded into
   sums by tenant, and its name is remembered (the last `REMEMBERED_EPOCHS` of a replica, of the last `REMEMBERED_REPLICAS`):
   whatever still arrives of it is refused, not counted again.
+- Tenants beyond `max_tenants` whom no engine knows any more have one sum together.
 - Conservation: for each tenant, what was handed on is what the replicas delivered, to the token; `check` holds it.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cost_service.charges import NOTHING, Account, Served
 from cost_service.service_messages import AccountReport, Report
+from global_scheduler.epoch import Epoch, add_to
 
 KEPT_EPOCHS = 3
 REMEMBERED_EPOCHS = 256
 REMEMBERED_REPLICAS = 1024
 
+MAX_TENANTS = 100_000
+"""Tenants whose sums are kept; a tenth more of those whom engines know."""
+
 ABSENT = AccountReport(served=NOTHING)
 """Who neither waits nor runs."""
 
 
-@dataclass(slots=True)
-class _Epoch:
-    sequence: int = -1
-    totals: dict[Account, Served] = field(default_factory=dict)
-    tenants: dict[str, Served] = field(default_factory=dict)
-    """Sums of the totals by tenant."""
-
-    present: dict[Account, AccountReport] = field(default_factory=dict)
-    """Lines of the accounts that wait, run or have something reserved."""
-
-    def note(self, account: Account, line: AccountReport) -> None:
-        """Take the gauges of a newest report in."""
-        if line.num_waiting or line.num_running or line.reserved:
-            self.present[account] = line
-        else:
-            self.present.pop(account, None)
-
-    def raise_to(self, account: Account, total: Served) -> Served:
-        """Take a total in, and return what it adds."""
-        before = self.totals.get(account, NOTHING)
-        self.totals[account] = after = before.largest(total)
-        added = after.minus(before)
-        self.tenants[account.tenant] = self.tenants.get(account.tenant, NOTHING).plus(added)
-        return added
-
-
-NO_EPOCHS: Mapping[str, _Epoch] = {}
+NO_EPOCHS: Mapping[str, Epoch] = {}
+NO_EPOCH = Epoch()
+"""Of whom nothing is known; nothing is ever added to it."""
 
 
 class UnknownReplicaError(ValueError):
@@ -65,8 +48,11 @@ class UnknownReplicaError(ValueError):
 class Ledger:
     """Raw totals of one pool."""
 
-    def __init__(self) -> None:
-        self._replicas: dict[str, OrderedDict[str, _Epoch]] = {}
+    def __init__(self, *, max_tenants: int = MAX_TENANTS) -> None:
+        self.max_tenants = self._most_tenants = max_tenants
+        self.forgotten = NOTHING
+        """What tenants were given whose own sums were put together."""
+        self._replicas: dict[str, OrderedDict[str, Epoch]] = {}
         self._current: dict[str, str] = {}  # the epoch whose gauges hold
         self._over: OrderedDict[str, OrderedDict[str, None]] = (
             OrderedDict()
@@ -108,30 +94,36 @@ class Ledger:
         if report.epoch in self._over.get(report.replica, ()):
             self.num_refused += 1
             return {}, False
-        epoch = epochs.setdefault(report.epoch, _Epoch())
+        epoch = epochs.setdefault(report.epoch, Epoch())
         newest = report.sequence > epoch.sequence
-        epoch.sequence = max(epoch.sequence, report.sequence)
         if newest:
+            epoch.sequence = report.sequence
             self._current[report.replica] = report.epoch
             epochs.move_to_end(report.epoch)
             for account, line in report.accounts.items():
                 epoch.note(account, line)
-        added = {account: epoch.raise_to(account, line.served) for account, line in report.accounts.items()}
-        for account, served in added.items():
-            self._delivered[account.tenant] = self.delivered(account.tenant).plus(served)
+        added: dict[Account, Served] = {}
+        for account, line in self._lines_of_now(epoch, report):
+            if (served := epoch.raise_to(account, line.served)) is not None:
+                added[account] = served
+                add_to(self._delivered, account[0], served)
         while len(epochs) > KEPT_EPOCHS:
             self._fold(report.replica, next(iter(epochs)))
-        return {account: served for account, served in added.items() if served != NOTHING}, newest
+        if len(self._delivered) > self._most_tenants:
+            self._forget_tenants()
+        return added, newest
+
+    def epoch(self, replica: str, epoch: str) -> Epoch:
+        """One life of a replica, to be read; an empty one if nothing of it is merged."""
+        return self._replicas.get(replica, NO_EPOCHS).get(epoch, NO_EPOCH)
 
     def total_of_tenant(self, replica: str, epoch: str, tenant: str) -> Served:
         """What a tenant was given in one life of a replica, as far as it is merged."""
-        known = self._replicas.get(replica, NO_EPOCHS).get(epoch)
-        return NOTHING if known is None else known.tenants.get(tenant, NOTHING)
+        return self.epoch(replica, epoch).tenants.get(tenant, NOTHING)
 
     def total(self, replica: str, epoch: str, account: Account) -> Served:
         """The same of one of its users."""
-        known = self._replicas.get(replica, NO_EPOCHS).get(epoch)
-        return NOTHING if known is None else known.totals.get(account, NOTHING)
+        return self.epoch(replica, epoch).totals.get(account, NOTHING)
 
     def knows(self, replica: str, epoch: str) -> bool:
         """Whether a report of that epoch was merged."""
@@ -153,6 +145,7 @@ class Ledger:
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON values."""
         return {
+            "forgotten": list(self.forgotten),
             "delivered": {tenant: list(served) for tenant, served in self._delivered.items()},
             "folded": {tenant: list(served) for tenant, served in self._folded.items()},
             "over": {replica: list(epochs) for replica, epochs in self._over.items()},
@@ -160,8 +153,16 @@ class Ledger:
                 replica: {
                     name: {
                         "sequence": epoch.sequence,
+                        "forgot_at": epoch.forgot_at,
                         "lines": [
-                            [*account, *served, line.num_waiting, line.num_running, line.reserved]
+                            [
+                                *account,
+                                *served,
+                                line.num_waiting,
+                                line.num_running,
+                                line.reserved,
+                                epoch.eras.get(account, 0),
+                            ]
                             for account, served in epoch.totals.items()
                             for line in [epoch.present.get(account, ABSENT)]
                         ],
@@ -180,23 +181,26 @@ class Ledger:
             ValueError: A stored total is impossible, or tenants' totals are not the sums of their accounts'.
         """
         ledger = cls()
+        ledger.forgotten = Served(*state["forgotten"])
         ledger._delivered = {tenant: Served(*served).checked(tenant) for tenant, served in state["delivered"].items()}
         ledger._folded = {tenant: Served(*served).checked(tenant) for tenant, served in state["folded"].items()}
         ledger._over.update((replica, OrderedDict.fromkeys(epochs)) for replica, epochs in state["over"].items())
         for replica, epochs in state["replicas"].items():
             ledger.add_replica(replica)
             for name, epoch in epochs.items():
-                restored = ledger._replicas[replica][name] = _Epoch(epoch["sequence"])
+                restored = ledger._replicas[replica][name] = Epoch(epoch["sequence"], forgot_at=epoch["forgot_at"])
                 lines = {
                     Account(tenant, user): AccountReport(
-                        served=Served(*served), num_waiting=waiting, num_running=running, reserved=reserved
+                        served=Served(*served), num_waiting=waiting, num_running=running, reserved=reserved, era=era
                     )
-                    for tenant, user, *served, waiting, running, reserved in epoch["lines"]
+                    for tenant, user, *served, waiting, running, reserved, era in epoch["lines"]
                 }
                 report = Report(replica=replica, epoch=name, sequence=epoch["sequence"], accounts=lines).checked()
                 for account, line in report.accounts.items():
                     restored.raise_to(account, line.served)
                     restored.note(account, line)
+                    if line.era:
+                        restored.eras[account] = line.era
                 ledger._current[replica] = name
         wrong = ledger._unbalanced()
         if wrong is not None:
@@ -214,8 +218,49 @@ class Ledger:
 
     def _fold(self, replica: str, name: str) -> None:
         for tenant, served in self._replicas[replica].pop(name).tenants.items():
-            self._folded[tenant] = self._folded.get(tenant, NOTHING).plus(served)
+            self._put_away(tenant, served)
         self._remember(replica, name)
+
+    def _lines_of_now(self, epoch: Epoch, report: Report) -> Iterable[tuple[Account, AccountReport]]:
+        """The lines whose totals are to be taken in: not those of eras that are over, nor of accounts that are forgotten."""
+        lines = report.accounts.items()
+        if epoch.forgot_at < 0 and not epoch.eras and not any(line.era for _, line in lines):
+            return lines  # as in most engines, where nobody was ever forgotten
+        kept: list[tuple[Account, AccountReport]] = []
+        forgot_at = epoch.forgot_at
+        for account, line in lines:
+            era = epoch.eras.get(account, 0)
+            if report.sequence <= epoch.forgot_at if account not in epoch.totals else line.era < era:
+                continue
+            if line.era > era:
+                self._put_away(account.tenant, epoch.forget(account))
+                epoch.eras[account] = line.era
+            if (
+                line.era
+                and line.served == NOTHING == epoch.totals.get(account, NOTHING)
+                and account not in epoch.present
+            ):
+                epoch.forget(account)
+                forgot_at = epoch.sequence
+            else:
+                kept.append((account, line))
+        epoch.forgot_at = forgot_at
+        return kept
+
+    def _forget_tenants(self) -> None:
+        """Put tenants' sums together whom no engine knows any more, those first who were served least lately."""
+        for tenant in list(self._delivered):
+            if len(self._delivered) <= self.max_tenants * 0.9:
+                break
+            if not any(tenant in epoch.tenants for epochs in self._replicas.values() for epoch in epochs.values()):
+                assert self._folded.pop(tenant, NOTHING) == self._delivered[tenant], f"totals of {tenant!r}"
+                self.forgotten = self.forgotten.plus(self._delivered.pop(tenant))
+        self._most_tenants = max(self.max_tenants, len(self._delivered) * 11 // 10)
+
+    def _put_away(self, tenant: str, served: Served) -> None:
+        """Keep what has no account any more as part of the tenant's sum."""
+        if served != NOTHING:
+            self._folded[tenant] = self._folded.get(tenant, NOTHING).plus(served)
 
     def _remember(self, replica: str, epoch: str) -> None:
         over = self._over.setdefault(replica, OrderedDict())

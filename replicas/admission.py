@@ -9,6 +9,9 @@ Rules:
   for ever while it waits for them (vLLM #57841).
 - Prompts are charged when a request is first admitted, without what the prefix cache held; outputs as they are delivered.
   What is computed or copied again is the system's.
+- Where outputs are predicted (`predicts_output`), what is left of a running request's prediction counts in advance and is
+  used up by its output; what turns out too much is given back when it ends or gives way, and what is beyond is charged as
+  it comes. It orders tenants and is never reported as service.
 - Who passes a request that does not fit is planned when it is its turn, and again when all of the plan were tried, for
   behind them are others. Nobody passes a request without a stamp: those keep vLLM's order.
 - No clock and no engine: engine and simulator drive the same object.
@@ -44,12 +47,18 @@ class AdmissionSettings:
 
     unit: ServiceUnit = field(default_factory=ServiceUnit)
 
+    predicts_output: bool = False
+    """Whether the predicted output of a running request counts in advance."""
+
 
 @dataclass(slots=True)
 class _Request:
     """A request from its arrival to its end."""
 
     waiting: Waiting
+    num_predicted_tokens: int = 0
+    """Output that counts in advance; 0 where it does not."""
+
     num_output_tokens: int = 0
     """Charged so far."""
 
@@ -70,6 +79,8 @@ class RequestAdmission:
         """What `select` has returned last."""
         self.sequence = 0
         """Of the last service report."""
+
+        self._token_us = 0.0  # engine time of an output token, as of late
 
     @property
     def admission(self) -> Admission:
@@ -96,7 +107,8 @@ class RequestAdmission:
 
     def add(
         self, request_id: str, *, tenant: str, user: str = "", weight: float | None = None, arrival_s: float,
-        service_s: float, num_prompt_tokens: int, queue: FairQueue | None = None,
+        service_s: float, num_prompt_tokens: int, prompt_s: float = 0.0, num_output_tokens: int = 0,
+        queue: FairQueue | None = None,
     ) -> None:  # fmt: skip
         """Let a request wait that has just arrived.
 
@@ -104,22 +116,29 @@ class RequestAdmission:
             weight: Of its tenant, as whoever knows tenants says; None: as it is.
             arrival_s: In the engine's time; it may be before its start.
             service_s: Predicted seconds of its service alone.
+            prompt_s: Those of its prompt.
+            num_output_tokens: Predicted, and no more than it may generate.
             queue: Where, if not in `waiting`.
         """
         assert request_id not in self._requests, f"{request_id} has arrived twice"
         account = self.service.account(tenant, user)
         if weight is not None and weight != self.service.weight(tenant):
             self.service.set_weight(tenant, weight)
-        held = self.settings.unit.service(Served(num_input_tokens=num_prompt_tokens))
+        prompt = Served(num_input_tokens=num_prompt_tokens, engine_us=max(0, round(prompt_s * 1e6)))
+        num_predicted = num_output_tokens if self.settings.predicts_output else 0
+        held = self.settings.unit.service(prompt) + self._output_service(num_predicted)
         waiting = Waiting(
             request_id=request_id, account=account, arrival_s=arrival_s, service_s=service_s, held=held
         )  # fmt: skip
-        self._requests[request_id] = _Request(waiting)
+        self._requests[request_id] = _Request(waiting, num_predicted)
         (self.waiting if queue is None else queue).add(waiting)
 
     def put_back(self, request_id: str, queue: FairQueue, *, front: bool = False) -> None:
         """Let a request wait again: it was passed over, loads its blocks, or has given way."""
-        queue.add(self._requests[request_id].waiting, front=front)
+        one = self._requests[request_id]
+        if one.was_admitted:
+            one.waiting = replace(one.waiting, held=self._left_service(one))
+        queue.add(one.waiting, front=front)
 
     def begin_step(self, now_s: float, holders: Iterable[str] = ()) -> None:
         """Begin a step.
@@ -190,8 +209,8 @@ class RequestAdmission:
             return
         served = Served(num_computed_tokens, num_cached_tokens, 0, engine_us)
         self.service.charge(request_id, one.waiting.account, served)
-        self.service.reserve(request_id, 0.0)
-        one.was_admitted, one.waiting = True, replace(one.waiting, held=0.0)
+        self.service.reserve(request_id, self._left_service(one))
+        one.was_admitted = True
 
     def delivered(self, request_id: str, num_output_tokens: int, *, token_us: float = 0.0) -> None:
         """Charge output up to a total.
@@ -205,7 +224,16 @@ class RequestAdmission:
         if num > 0:
             one.num_output_tokens = num_output_tokens
             served = Served(num_output_tokens=num, engine_us=round(num * token_us))
-            self.service.charge("", one.waiting.account, served)
+            self._token_us = token_us
+            self.service.charge(request_id if one.num_predicted_tokens else "", one.waiting.account, served)
+
+    def _left_service(self, one: _Request) -> float:
+        """Service of the predicted output that a request has not had."""
+        return self._output_service(max(0, one.num_predicted_tokens - one.num_output_tokens))
+
+    def _output_service(self, num_tokens: int) -> float:
+        served = Served(num_output_tokens=num_tokens, engine_us=round(num_tokens * self._token_us))
+        return self.settings.unit.service(served)
 
     def gave_way(self, decision: PreemptionDecision) -> None:
         """Charge what a swap is predicted to cost; what is computed again is charged when it is."""

@@ -43,6 +43,10 @@ class SwapConfig:
     service: ServiceKind = ServiceKind.TOKENS
     """What is equalised between tenants."""
 
+    predicts_output: bool = False
+    """Whether the predicted output of running requests counts in advance when tenants are ordered; what turns out too much
+    is given back. Gaps between tenants are smaller if predictions are good."""
+
     host_pool_bytes: int = 1 << 30
     """Host memory for swapped-out KV blocks, per worker process (each tensor-parallel rank keeps its own shard)."""
 
@@ -75,7 +79,7 @@ class SwapConfig:
             raise ValueError("host_pool_bytes must be a whole number of bytes.")
         if self.host_pool_bytes < 0:
             raise ValueError("host_pool_bytes must not be negative; 0 turns swapping off.")
-        for name in ("guard", "verify_checksums"):
+        for name in ("guard", "verify_checksums", "predicts_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false.")
         if self.decision_log_folder is not None and not isinstance(self.decision_log_folder, str):

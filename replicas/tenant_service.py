@@ -11,21 +11,27 @@ Rules:
   its requests admitted at once does not wait, and saves nothing up.
 - A line of a report is said again until a report that had it is answered: any report may be lost.
 - Swaps and recomputations are the system's, never a tenant's.
-- A tenant has at most `max_users` accounts of users in an engine's life; its further users share one.
+- A tenant has at most `max_users` accounts of users until it is forgotten; its further users share one.
+- Tenants beyond `max_tenants` are forgotten, those first who have been idle longest: who has no request here, of whom the
+  scheduler has answered all, and whom for `IDLE_REPORTS` reports nothing has changed of, so that no stored state lacks it.
+  Who comes back is counted from nothing, as a new era of its account, and lifted as a newcomer until the cluster says what
+  its counter is. While the scheduler is away, what it does not know is kept. Where nobody asks for reports, nobody waits
+  for an answer.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cost_service.charges import NOTHING, OTHER_USERS, SYSTEM, Account, Served, ServiceUnit, checked_weight
-from cost_service.lowest import Lowest
-from cost_service.service_messages import AccountReport, Known, Share
+from cost_service.service_messages import AccountReport, Share
+from replicas.standing import FRACTION, Group, Standing
 
 MAX_USERS = 64
-FRACTION = 2**20
-"""What is held counts in this fraction of a token, or of a second."""
+MAX_TENANTS = 16384
+IDLE_REPORTS = 600
+"""A minute of reports: many times what lies between two stored states of the scheduler."""
 
 
 def _exact(service: float) -> float:
@@ -37,81 +43,12 @@ def _exact(service: float) -> float:
 
 
 @dataclass(slots=True)
-class _Standing:
-    """One tenant or user."""
-
-    weight: float = 1.0
-    counter: float = 0.0
-    included: float = 0.0
-    total: float = 0.0
-    held: float = 0.0
-    lifted: float | None = None
-    """What the key would be without service since the lift, until the cluster knows of it."""
-
-    @property
-    def key(self) -> float:
-        return self.counter + (self.total - self.included + self.held) / self.weight
-
-    def lift(self, floor: float) -> None:
-        if (missing := floor - self.key) > 0.0:
-            self.counter += missing
-        self.lifted = self.counter - self.included / self.weight
-
-    def learn(self, known: Known, *, confirmed: bool) -> None:
-        self.counter, self.included = known.counter, known.included
-        if confirmed:
-            self.lifted = None
-        elif self.lifted is not None:
-            self.counter = max(self.counter, self.lifted + self.included / self.weight)
-
-
-@dataclass(slots=True)
-class _Group:
-    """Tenants of the engine, or users of a tenant: their standings, and who of them waits here."""
-
-    standings: dict[str, _Standing] = field(default_factory=dict)
-    num_waiting: Counter[str] = field(default_factory=Counter)
-    waiting: Lowest = field(init=False)
-    last: str | None = None
-
-    def __post_init__(self) -> None:
-        self.waiting = Lowest(self.key)
-
-    def key(self, name: str) -> float:
-        standing = self.standings.get(name)
-        return 0.0 if standing is None else standing.key
-
-    def of(self, name: str) -> _Standing:
-        return self.standings.setdefault(name, _Standing())
-
-    def virtual_time(self) -> float:
-        lowest = self.waiting.lowest()
-        if lowest is not None:
-            return lowest[0]
-        return 0.0 if self.last is None else self.key(self.last)
-
-    def arrives(self, name: str, *, returns: bool) -> None:
-        self.num_waiting[name] += 1
-        if self.num_waiting[name] == 1:
-            if returns:
-                self.of(name).lift(self.virtual_time())
-            self.waiting.add(name)
-
-    def leaves(self, name: str) -> None:
-        self.num_waiting[name] -= 1
-        assert self.num_waiting[name] >= 0, f"{name!r} has {self.num_waiting[name]} waiting requests"
-        if self.num_waiting[name] == 0:
-            del self.num_waiting[name]
-            self.waiting.discard(name)
-            self.last = name
-
-
-@dataclass(slots=True)
 class _Payer:
     """An account with what it is at one engine."""
 
-    tenant: _Standing
-    user: _Standing
+    tenant: Standing
+    user: Standing
+    era: int = 0
     served: Served = NOTHING
     num_running: int = 0
     held: float = 0.0
@@ -131,11 +68,21 @@ class _Hold:
 class TenantService:
     """Service of tenants and users at one engine."""
 
-    def __init__(self, unit: ServiceUnit | None = None, *, max_users: int = MAX_USERS) -> None:
+    def __init__(
+        self, unit: ServiceUnit | None = None, *, max_users: int = MAX_USERS, max_tenants: int = MAX_TENANTS,
+        idle_reports: int = IDLE_REPORTS,
+    ) -> None:  # fmt: skip
+        """Begin with nobody.
+
+        Args:
+            max_users: Accounts of users that a tenant may have beside the one which its further users share.
+            max_tenants: Tenants that are remembered beside those that may not be forgotten; see the rules.
+            idle_reports: See `IDLE_REPORTS`.
+        """
         self.unit = unit or ServiceUnit()
-        self.max_users = max_users
-        self._tenants = _Group()
-        self._users: dict[str, _Group] = {}
+        self.max_users, self.max_tenants, self.idle_reports = max_users, max_tenants, idle_reports
+        self._tenants = Group()
+        self._users: dict[str, Group] = {}
         self._payers: dict[Account, _Payer] = {}
         self._holds: dict[str, _Hold] = {}
         self._waits_elsewhere: set[str] = set()
@@ -145,6 +92,11 @@ class TenantService:
         self._fell: list[Callable[[Account], None]] = []
         self.total = 0.0
         """Service that all tenants were given."""
+        self._last_use: dict[str, int] = {}  # tenants, who was used least lately first, and the report before that
+        self._num_running: Counter[str] = Counter()  # by tenant
+        self._forgotten: dict[Account, int] = {}  # accounts whose end is not answered yet, by the first report of it
+        self._sequence = self._era = 0
+        self._is_asked = False
 
     def watch(self, fell: Callable[[Account], None]) -> None:
         """Have a function called whenever keys of an account may have fallen; they rise without a word."""
@@ -152,13 +104,14 @@ class TenantService:
 
     def account(self, tenant: str, user: str) -> Account:
         """Return the account that pays for a tenant's user: its own, or the one that further users share."""
+        self._use(tenant)
         group = self._users.get(tenant)
         if group is None:
-            group = self._users[tenant] = _Group()
+            group = self._users[tenant] = Group()
         users = group.standings
         if user not in users:
             user = user if len(users) - (OTHER_USERS in users) < self.max_users else OTHER_USERS
-            users.setdefault(user, _Standing())
+            users.setdefault(user, Standing())
         return Account(tenant, user)
 
     def tenant_key(self, tenant: str) -> float:
@@ -181,6 +134,7 @@ class TenantService:
         Raises:
             ValueError: The weight is out of range.
         """
+        self._use(tenant)
         standing = self._tenants.of(tenant)
         key, standing.weight = standing.key, checked_weight(weight)
         standing.counter += key - standing.key
@@ -211,6 +165,7 @@ class TenantService:
         self._holds[request_id] = hold = _Hold(account, _exact(service))
         payer = self._payer(account)
         payer.num_running += 1
+        self._num_running[account.tenant] += 1
         payer.hold(hold.service)
 
     def release(self, request_id: str) -> None:
@@ -219,6 +174,7 @@ class TenantService:
         if hold is not None:
             payer = self._payer(hold.account)
             payer.num_running -= 1
+            self._num_running[hold.account.tenant] -= 1
             payer.hold(-hold.service)
             self._tell_fell(*hold.account)
 
@@ -251,26 +207,31 @@ class TenantService:
     def learn(self, share: Share) -> None:
         """Take the cluster's word of a tenant."""
         confirmed = share.waits
+        self._use(share.tenant)
         (self._waits_elsewhere.add if share.waits else self._waits_elsewhere.discard)(share.tenant)
         standing = self._tenants.of(share.tenant)
         standing.weight = checked_weight(share.weight)
         standing.learn(share.known, confirmed=confirmed)
         self._tell_fell(share.tenant)
-        users = self._users.setdefault(share.tenant, _Group()).standings
+        users = self._users.setdefault(share.tenant, Group()).standings
         for user in share.users.keys() & users.keys():
             users[user].learn(share.users[user], confirmed=confirmed)
             self._tell_fell(share.tenant, user)
 
     def take_report(self, sequence: int, *, everything: bool = False) -> dict[Account, AccountReport]:
         """Return the lines of a report: those that changed since the last that was answered, or all that there are."""
+        self._sequence, self._is_asked = sequence, True
         self._unanswered.update(dict.fromkeys(self._dirty, sequence))
         self._dirty.clear()
+        self._forget_idle()
+        lines = {account: AccountReport(served=NOTHING, era=self._era) for account in self._forgotten}
         accounts = self._payers if everything else self._unanswered
-        return {account: self._line(account, self._payers[account]) for account in accounts}
+        return lines | {account: self._line(account, self._payers[account]) for account in accounts}
 
     def answered(self, sequence: int) -> None:
         """Note that a report has arrived, and with it all that was said by then."""
         self._unanswered = {account: first for account, first in self._unanswered.items() if first > sequence}
+        self._forgotten = {account: first for account, first in self._forgotten.items() if first > sequence}
 
     def known(self) -> Mapping[str, float]:
         """Counters by tenant as this engine knows them, for a scheduler that has lost its own."""
@@ -289,7 +250,7 @@ class TenantService:
             assert abs(standing.held - held) <= 1e-6 * (1.0 + held), (
                 f"{tenant!r} holds {standing.held}, its requests {held}"
             )
-            users = self._users.get(tenant, _Group())
+            users = self._users.get(tenant, Group())
             assert len(users.standings) <= self.max_users + 1, (
                 f"{tenant!r} has {len(users.standings)} accounts of users"
             )
@@ -298,17 +259,66 @@ class TenantService:
     def _line(self, account: Account, payer: _Payer) -> AccountReport:
         num_waiting = self._users[account.tenant].num_waiting[account.user]
         return AccountReport(
-            served=payer.served, num_waiting=num_waiting, num_running=payer.num_running, reserved=payer.held
+            served=payer.served,
+            num_waiting=num_waiting,
+            num_running=payer.num_running,
+            reserved=payer.held,
+            era=payer.era,
         )
 
     def _payer(self, account: Account) -> _Payer:
         """Return the account's record, which is about to change."""
         self._dirty[account] = None
+        self._use(account.tenant)
         payer = self._payers.get(account)
         if payer is None:
-            users = self._users.setdefault(account.tenant, _Group())
-            payer = self._payers[account] = _Payer(self._tenants.of(account.tenant), users.of(account.user))
+            users = self._users.setdefault(account.tenant, Group())
+            payer = _Payer(self._tenants.of(account.tenant), users.of(account.user), self._era)
+            self._payers[account] = payer
+            self._forgotten.pop(account, None)
         return payer
+
+    def _use(self, tenant: str) -> None:
+        """Note that a tenant is used now: it stands last."""
+        is_new = self._last_use.pop(tenant, None) is None
+        self._last_use[tenant] = self._sequence
+        if is_new and not self._is_asked:
+            self._forget_idle()
+
+    def _forget_idle(self) -> None:
+        """Forget tenants beyond the most that are remembered, as far as they may be; see the rules."""
+        num_beyond = len(self._last_use) - self.max_tenants
+        if num_beyond <= 0:
+            return
+        asked = self._is_asked
+        idle: list[str] = []
+        for tenant, used in self._last_use.items():
+            if len(idle) == num_beyond or (asked and used > self._sequence - self.idle_reports):
+                break
+            if not self._is_needed(tenant):
+                idle.append(tenant)
+        if idle:
+            self._era += 1
+        for tenant in idle:
+            del self._last_use[tenant]
+            self._num_running.pop(tenant, None)
+            self._waits_elsewhere.discard(tenant)
+            self._tenants.standings.pop(tenant, None)
+            for user in self._users.pop(tenant, Group()).standings:
+                account = Account(tenant, user)
+                self._dirty.pop(account, None)
+                if self._payers.pop(account, None) is not None and asked:
+                    self._forgotten[account] = self._sequence
+
+    def _is_needed(self, tenant: str) -> bool:
+        """Whether a tenant has requests here, or something that the scheduler must be told."""
+        is_last = tenant in (self._tenants.last, next(reversed(self._last_use)))  # to leave, and to be used
+        if is_last or self._tenants.num_waiting[tenant] or self._num_running[tenant]:
+            return True
+        users = self._users.get(tenant)
+        if users is None or not self._is_asked:
+            return False
+        return any(Account(tenant, user) in self._unanswered for user in users.standings)
 
     def _tell_fell(self, tenant: str, user: str = "") -> None:
         self._tenants.waiting.fell(tenant)

@@ -100,7 +100,8 @@ class EngineAdmission:
         self.core.add(
             request_id, tenant=tenant_in(stamp), user=user_in(stamp), queue=queue,
             weight=weight_in(stamp) if TENANT in stamp else None, arrival_s=time.monotonic() - age_s_in(stamp),
-            num_prompt_tokens=request.num_tokens,
+            num_prompt_tokens=request.num_tokens, num_output_tokens=num_output,
+            prompt_s=prefill_s([(0, request.num_tokens)], num_decodes=0, costs=preemptor.costs),
             service_s=service_alone_s(
                 request.num_tokens, num_output, costs=preemptor.costs, step_s=preemptor.step_s
             ),

@@ -126,7 +126,7 @@ class _AdaptiveMixin(Scheduler):
         if self.policy is SchedulingPolicy.PRIORITY:
             return None
         config = config or SwapConfig()
-        settings = AdmissionSettings(unit=ServiceUnit(config.service))
+        settings = AdmissionSettings(unit=ServiceUnit(config.service), predicts_output=config.predicts_output)
         return EngineAdmission(self, RequestAdmission(config.admission, settings), self.preemptor)
 
     def _take_messages(self, channel: EngineEnd) -> None:

@@ -5,6 +5,7 @@ and the cross-replica ones. The checker sees nothing but service and who waits. 
 about 4 requests of 128 + 128 tokens a second; rates are in that unit. `-s` prints the table.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -284,6 +285,18 @@ def test_a_scheduler_that_is_away_for_two_seconds_is_back_without_a_double_count
     assert cluster.shares()["f"] == pytest.approx(0.5, abs=0.02)
     if store_s is not None:
         conserved(cluster)
+
+
+def test_a_scheduler_that_is_killed_at_every_second_keeps_bound_shares_and_every_token() -> None:
+    def kill(cluster: Cluster) -> None:
+        cluster.kill_scheduler()
+        cluster.revive_scheduler()
+
+    chance = random.Random(3)
+    events = {number + chance.random(): kill for number in range(5, 55)}
+    cluster = run("scheduler killed 50 times", FLOOD, num_replicas=4, place=pinned, loses=0.1, events=events)
+    conserved(cluster)
+    assert cluster.shares()["f"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_replica_that_dies_takes_one_interval_of_accounting_with_it() -> None:

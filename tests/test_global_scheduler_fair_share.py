@@ -12,10 +12,12 @@ import time
 import pytest
 
 from cost_service.charges import SYSTEM, Account, Served, ServiceUnit
-from cost_service.service_messages import Answer, Report
+from cost_service.service_messages import AccountReport, Answer, Report
 from global_scheduler.bound import FairnessBound, VictimRule
 from global_scheduler.fair_share import FairShare
 from global_scheduler.fairness_checker import FairnessChecker
+from global_scheduler.ledger import Ledger
+from global_scheduler.level import MAX_DEBTORS
 from replicas.tenant_service import TenantService
 
 F, G = Account("f", "u"), Account("g", "u")
@@ -119,6 +121,24 @@ def test_a_new_weight_reaches_the_replicas() -> None:
     a.exchange(share)
     a.service.charge("", F, Served(num_output_tokens=2))
     assert a.service.tenant_key("f") == 1.0
+
+
+def test_a_new_weight_reaches_a_replica_that_has_nothing_new_to_say() -> None:
+    share, a = share_of("a"), Replica("a")
+    a.exchange(share)
+    share.set_weight("f", 4.0)
+    shares = share.answer("a", "a-0", since=a.version).shares
+    assert [(each.tenant, each.weight) for each in shares] == [("f", 4.0)]
+
+
+def test_what_was_reserved_at_a_removed_replica_is_given_back_in_the_next_answer() -> None:
+    share, a, b = share_of("a", "b"), Replica("a"), Replica("b")
+    a.service.hold("x", F, 300.0)
+    a.exchange(share)
+    b.exchange(share)
+    share.remove_replica("a")
+    b.learn(share.answer("b", "b-0", since=b.version))
+    assert b.service.tenant_key("f") == 0.0
 
 
 def test_a_restored_scheduler_of_an_older_version_answers_everything() -> None:
@@ -288,6 +308,55 @@ def test_a_scheduler_killed_a_hundred_times_counts_nothing_twice(stores: bool, s
                 assert counter == pytest.approx(service), "cumulative totals lose nothing"
             else:
                 assert counter >= service - cluster.lost - 1e-6, "more was lost than one interval of each replica"
+
+
+def test_a_tenant_that_an_engine_forgot_has_its_debt_and_its_total_when_it_returns() -> None:
+    share, a = share_of("a"), Replica("a")
+    a.service = TenantService(max_tenants=2, idle_reports=3)
+    a.service.charge("", a.service.account("debt", ""), Served(num_output_tokens=500))
+    for number in range(12):
+        a.service.charge("", a.service.account(f"t{number}", ""), Served(num_output_tokens=1))
+        share.take(a.report(everything=False))
+        a.service.answered(a.sequence)
+        a.learn(share.answer("a", "a-0", since=a.version))
+    assert Account("debt") not in a.service.totals()
+    a.service.charge("", a.service.account("debt", ""), Served(num_output_tokens=2))
+    share.take(a.report(everything=False))
+    a.learn(share.answer("a", "a-0", since=a.version))
+    assert a.service.tenant_key("debt") == 1004.0
+    assert share.ledger.delivered("debt") == Served(num_output_tokens=502)
+    share.check()
+
+
+@pytest.mark.parametrize("num_thousands", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_million_tenants_pass_through_in_bounded_memory(num_thousands: int) -> None:
+    """In reports of a thousand each, who come, are served and leave; an engine forgets them a report later. All leave with a
+    debt, for one who waits all the time is held back.
+    """
+    share = share_of("a")
+    share.ledger = Ledger(max_tenants=5000)
+    share.add_replica("a")
+    held_back = AccountReport(served=Served(), num_waiting=1)
+    share.take(Report(replica="a", epoch="e", sequence=0, accounts={F: held_back}))
+    sizes = []
+    for number in range(1, num_thousands + 1):
+        names = [f"t{number}-{each}" for each in range(1000)]
+        lines = {Account(name): AccountReport(served=Served(num_output_tokens=3), era=number) for name in names}
+        before = (f"t{number - 1}-{each}" for each in range(1000)) if number > 1 else ()
+        lines |= {Account(name): AccountReport(served=Served(), era=number) for name in before}
+        share.take(Report(replica="a", epoch="e", sequence=number, accounts=lines))
+        if number in (num_thousands // 2, num_thousands):
+            num_answered = len(share.answer("a", "e", since=0).shares)
+            sizes.append([len(share.counters.tenants), len(share.ledger.state()["delivered"]), num_answered])
+    share.check()
+    delivered = share.ledger.forgotten.num_output_tokens + sum(
+        each[2] for each in share.state()["ledger"]["delivered"].values()
+    )
+    assert delivered == 3000 * num_thousands
+    for num_counters, num_sums, num_answered in sizes:
+        assert num_counters <= MAX_DEBTORS + 1001
+        assert num_sums <= 1.1 * 5000
+        assert num_answered <= 2 * (MAX_DEBTORS + 1001) + 64
 
 
 def test_ten_thousand_tenants_cost_microseconds_and_bounded_memory() -> None:

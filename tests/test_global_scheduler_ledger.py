@@ -106,6 +106,56 @@ def test_a_damaged_state_is_refused() -> None:
         Ledger.restored(state)
 
 
+def line_of(num: int, era: int) -> AccountReport:
+    return AccountReport(served=Served(num_output_tokens=num), era=era)
+
+
+def test_a_new_era_of_an_account_adds_to_what_it_had_and_a_late_word_of_the_old_one_counts_nothing() -> None:
+    ledger = ledger_of()
+    old, new = report(1, f=100), replace(report(2), accounts={Account("f"): line_of(30, 1)})
+    for each in (old, new, old, new):
+        ledger.merge(each)
+    assert ledger.delivered("f") == Served(num_output_tokens=130)
+    ledger.check()
+
+
+def test_a_forgotten_account_leaves_nothing_behind_but_its_sum_however_late_its_old_words_come() -> None:
+    ledger = ledger_of()
+    old, end = report(1, f=100, g=5), replace(report(2), accounts={Account("f"): line_of(0, 1)})
+    for each in (old, end, old, end):
+        ledger.merge(each)
+    lines = ledger.state()["replicas"]["r0"]["e0"]["lines"]
+    assert [line[0] for line in lines] == ["g"]
+    assert ledger.delivered("f") == Served(num_output_tokens=100)
+    restored = Ledger.restored(json.loads(json.dumps(ledger.state())))
+    for each in (old, replace(report(3), accounts={Account("f"): line_of(7, 1)}), old, end):
+        restored.merge(each)
+    assert restored.delivered("f") == Served(num_output_tokens=107)
+    restored.check()
+
+
+def test_a_report_that_forgets_one_account_and_names_another_for_the_first_time_counts_both() -> None:
+    ledger = ledger_of()
+    ledger.merge(report(1, f=100))
+    accounts = {Account("f"): line_of(0, 1), Account("h"): line_of(9, 1)}
+    ledger.merge(replace(report(2), accounts=accounts))
+    assert ledger.delivered("h") == Served(num_output_tokens=9)
+
+
+def test_tenants_whom_no_engine_knows_any_more_have_one_sum_together() -> None:
+    ledger = Ledger(max_tenants=10)
+    ledger.add_replica("r0")
+    for number in range(100):
+        name = f"t{number}"
+        ledger.merge(report(2 * number, **{name: 3}))
+        ledger.merge(replace(report(2 * number + 1), accounts={Account(name): line_of(0, number + 1)}))
+    kept = ledger.state()["delivered"]
+    assert len(kept) <= 11
+    assert "t99" in kept, "who was served last is kept"
+    assert ledger.forgotten.num_output_tokens + 3 * len(kept) == 300
+    ledger.check()
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Replicas deliver; the network does what it likes; the scheduler dies and comes back from its stored state."""
 

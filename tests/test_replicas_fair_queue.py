@@ -71,6 +71,28 @@ def test_within_a_user_the_highest_response_ratio_goes_first_and_ratios_cross() 
     assert queue.first(2)[0].request_id == "short", "2.2 against 3"
 
 
+def test_a_clock_that_jumps_back_stands_still_and_one_that_jumps_ahead_keeps_tenants_shares() -> None:
+    queue = queue_of()
+    queue.add(waiting(queue, "long", arrival_s=0.0, service_s=10.0))
+    queue.add(waiting(queue, "short", arrival_s=10.0, service_s=1.0))
+    queue.add(waiting(queue, "g", "g", arrival_s=1e6))
+    queue.begin_step(12.0)
+    queue.begin_step(3.0)
+    assert queue.now_s == 12.0
+    assert queue.first(1)[0].request_id == "short"
+    serve(queue, "f", 10)
+    for now_s in (1e9, 0.0):
+        queue.begin_step(now_s)
+        assert queue.peek().request_id == "g", "who has had least, whatever the time is"
+    assert queue.first(2)[0].ratio(queue.now_s) >= 1.0
+
+
+def test_a_request_from_the_future_has_not_waited_yet() -> None:
+    queue = queue_of()
+    ahead = waiting(queue, "f1", arrival_s=1e9, service_s=5.0)
+    assert ahead.ratio(12.0) == 1.0
+
+
 def test_a_choice_stands_until_it_is_popped_whatever_arrives_or_is_charged() -> None:
     queue = queue_of()
     queue.add(waiting(queue, "f1"))

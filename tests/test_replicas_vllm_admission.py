@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cost_service.charges import SYSTEM, Account, Served
+from cost_service.charges import SYSTEM, Account, Served, ServiceUnit
 from cost_service.service_messages import Known, Share
 from replicas.fair_queue import Admission
 from replicas.messages import SetShares
@@ -139,6 +139,21 @@ def test_what_is_charged_is_what_was_delivered_to_the_token(
     assert (totals[Account(SYSTEM)].num_input_tokens > 0) or policy == "swap"
     assert not len(core(one))
     assert not core(one).service._holds, "something is still held"
+
+
+def test_predicted_outputs_count_in_advance_where_the_settings_say_so_and_nothing_of_them_is_left(
+    tiny_model: Path,
+) -> None:
+    one = engine(tiny_model, num_blocks=24, settings={"predicts_output": True})
+    for number in range(12):
+        one.add(f"{number}", "t", prompt=20, output=20, predicted=10 if number % 2 else 40)
+    one.step()
+    service = core(one).service
+    totals = service.totals()[Account("t")]
+    assert service.tenant_key("t") > ServiceUnit().service(totals)
+    one.finish()
+    totals = service.totals()[Account("t")]
+    assert service.tenant_key("t") == ServiceUnit().service(totals) == 12 * (20 + 2 * 20)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,170 @@
+"""`python -m cluster bench-fairness-actor`: how many reports of replicas the fairness scheduler's object merges on one core.
+
+Method: every report is bytes, decoded, checked, merged and answered in bytes (JSON), for each number of replicas in turn; in
+each, `CHANGED` accounts have changed, drawn alike from all tenants, of whom two in three wait there. That is the worst for
+an answer: no tenant is likelier to come up again, so that each replica is told of all that the others report in an
+interval. Processor time of the object alone; memory of the whole process, the replicas' own totals included.
+"""
+
+import argparse
+import gc
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from cost_service.charges import Account, Served
+from cost_service.service_messages import AccountReport, Report
+from global_scheduler.fair_share import FairShare
+
+CHANGED = 20
+"""Accounts in a report."""
+
+REPLICAS = (1, 16, 64, 256)
+INTERVAL_S = 0.1
+"""Between two reports of a replica, as in the product: what a second of them asks for."""
+
+Line = tuple[Account, AccountReport]
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A report as bytes carry it: JSON has no keys but strings."""
+
+    replica: str
+    epoch: str
+    sequence: int
+    since: int
+    accounts: list[Line]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--tenants", type=int, default=10_000, help="tenants that take turns (default: 10000)")
+    parser.add_argument("--reports", type=int, default=4_000, help="reports per number of replicas (default: 4000)")
+    parser.add_argument(
+        "--memory-reports", type=int, default=100_000, help="reports after which memory is read; 0: none"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure and print; 0, 2 for a wrong option, 130 when interrupted."""
+    if options.tenants < CHANGED or options.reports < 1 or options.memory_reports < 0:
+        print(f"Error: --tenants must be at least {CHANGED}, --reports at least 1.", file=sys.stderr)
+        return 2
+    figures: list[dict[str, float]] = []
+    print(f"{'replicas':>8}{'reports/s':>11}{'wanted/s':>10}{'tenants/answer':>16}{'bytes/answer':>14}")
+    try:
+        for num_replicas in REPLICAS:
+            figures.append(one := measure(num_replicas, options.tenants, options.reports))
+            print(
+                f"{num_replicas:>8}{one['reports_per_s']:>11.0f}{num_replicas / INTERVAL_S:>10.0f}"
+                f"{one['tenants_per_answer']:>16.1f}{one['bytes_per_answer']:>14.0f}", flush=True,
+            )  # fmt: skip
+        if options.memory_reports:
+            figures.append(memory := held(options.tenants, options.memory_reports))
+            print(
+                f"after {options.memory_reports} reports of 16 replicas: {memory['mib_at_last']:.0f} MiB,"
+                f" {memory['mib_at_half']:.0f} MiB after half of them; peak of all runs {memory['peak_mib']:.0f} MiB"
+            )
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    if options.json:
+        options.json.write_text(json.dumps({"benchmark": "fairness-actor", "runs": figures}, indent=2) + "\n")
+    return 0
+
+
+def measure(num_replicas: int, num_tenants: int, num_reports: int) -> dict[str, float]:
+    """Reports a second of processor time, and what an answer holds."""
+    share, load = _share(num_replicas), _Load(num_replicas, num_tenants)
+    share.take(load.first())
+    for _ in load.run(share, 2 * num_replicas):  # so that every replica has been told all, once
+        pass
+    gc.collect()
+    seconds, num_shares, num_bytes = 0.0, 0, 0
+    for took_s, shares, size in load.run(share, num_reports):
+        seconds, num_shares, num_bytes = seconds + took_s, num_shares + shares, num_bytes + size
+    share.check()
+    return {
+        "replicas": num_replicas, "reports_per_s": num_reports / seconds,
+        "tenants_per_answer": num_shares / num_reports, "bytes_per_answer": num_bytes / num_reports,
+    }  # fmt: skip
+
+
+def held(num_tenants: int, num_reports: int) -> dict[str, float]:
+    """Memory of the process with 16 replicas at half-time and at last, and its peak, in MiB."""
+    share, load = _share(16), _Load(16, num_tenants)
+    share.take(load.first())
+    resident = []
+    for number, _ in enumerate(load.run(share, num_reports)):
+        if number + 1 in (num_reports // 2, num_reports):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * resource.getpagesize() / 2**20)
+    share.check()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {"mib_at_half": resident[0], "mib_at_last": resident[-1], "peak_mib": peak}
+
+
+def _share(num_replicas: int) -> FairShare:
+    share = FairShare()
+    for number in range(num_replicas):
+        share.add_replica(f"r{number}")
+    return share
+
+
+class _Load:
+    """Replicas in turn, each with the totals that its engine would have."""
+
+    def __init__(self, num_replicas: int, num_tenants: int) -> None:
+        self._chance = random.Random(1)
+        self._accounts = [Account(f"tenant-{number:06}", f"user-{number:06}") for number in range(num_tenants)]
+        self._totals: list[dict[int, list[int]]] = [{} for _ in range(num_replicas)]
+        self._versions = [0] * num_replicas
+        self._sequence = 0
+        self._encoder, self._decoder = msgspec.json.Encoder(), msgspec.json.Decoder(_Message)
+
+    def first(self) -> Report:
+        """All tenants wait at the first replica."""
+        lines = {account: AccountReport(served=Served(), num_waiting=1) for account in self._accounts}
+        return Report(replica="r0", epoch="e", sequence=0, accounts=lines)
+
+    def run(self, share: FairShare, num_reports: int) -> Iterator[tuple[float, int, int]]:
+        """Seconds of processor time that each report took, and what its answer held: tenants and bytes."""
+        for _ in range(num_reports):
+            self._sequence += 1
+            number = self._sequence % len(self._totals)
+            data = self._encoder.encode(self._message(number))
+            began_ns = time.process_time_ns()
+            message = self._decoder.decode(data)
+            report = Report(
+                replica=message.replica, epoch=message.epoch, sequence=message.sequence, accounts=dict(message.accounts)
+            )
+            share.take(report)
+            answer = share.answer(message.replica, message.epoch, since=message.since)
+            answered = self._encoder.encode(answer)
+            took_ns = time.process_time_ns() - began_ns
+            self._versions[number] = answer.version
+            yield took_ns * 1e-9, len(answer.shares), len(answered)
+
+    def _message(self, number: int) -> _Message:
+        totals, chance, lines = self._totals[number], self._chance, []
+        for index in chance.sample(range(len(self._accounts)), CHANGED):
+            total = totals.setdefault(index, [0, 0, 0, 0])
+            for part, most in enumerate((200, 20, 100, 5000)):
+                total[part] += chance.randrange(most)
+            line = AccountReport(
+                served=Served(*total),
+                num_waiting=chance.randrange(3),
+                num_running=1,
+                reserved=float(chance.randrange(3)),
+            )
+            lines.append((self._accounts[index], line))
+        return _Message(
+            replica=f"r{number}", epoch="e", sequence=self._sequence, since=self._versions[number], accounts=lines
+        )
