@@ -1,6 +1,6 @@
 """Goal: a run is held to the ratios that an earlier one has reached, never to its times, and only where both are sure.
 
-Method: hand-made reports.
+Method: hand-made reports; the baseline that the project keeps is read as it is.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from cluster import bench
 from cluster.bench_baseline import Baseline, baseline_of, read, regressions
 from cluster.bench_figures import RATIO_FIGURES
 
+KEPT = Path(__file__).parents[1] / "docs" / "baseline.json"
 SETTINGS = {"trace": "synthetic:", "seed": 1, "policies": ["stock", "swap"], "repeats": 3, "num_kv_blocks": 7}
 
 
@@ -123,3 +124,14 @@ def test_a_file_that_is_no_baseline_is_one_sentence_and_status_2(
     assert capsys.readouterr().err == (
         "Error: --baseline b.json holds no ratios to stock: make one with --save-baseline.\n"
     )
+
+
+def test_the_baseline_that_the_project_keeps_fits_the_command_that_it_names(tmp_path: Path) -> None:
+    kept = read(KEPT)
+    command = kept["command"].split()
+    assert command[:4] == ["python", "-m", "cluster", "bench"]
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    plan = bench.plan_of(parser.parse_args(command[4:]), tmp_path)
+    Baseline(kept, None).expect(plan.as_report(), plan.arms, plan.stock_arm, len(plan.workloads))
+    assert KEPT.stat().st_size < 20_000
