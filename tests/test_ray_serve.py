@@ -487,14 +487,15 @@ def in_ledger(tenants: Iterable[str], expected: dict[str, Counter[str]]) -> dict
 
 @pytest.fixture(scope="module")
 def two_tenants(running: Running) -> tuple[Running, Running]:
-    made = [
-        tenants("add", f"{name}-{os.getpid()}-{time.time_ns()}", *weight)
-        for name, *weight in (("one", "--weight", "3"), ("two",))
-    ]
-    both = [Running(running.url, each["key"], running.process, each["name"]) for each in made]
-    for each in both:
-        status_within(IN_FORCE_S, lambda each=each: each.post(COMPLETIONS, {}), 400)  # type: ignore[misc]
-    return both[0], both[1]
+    """Tenants of weights 3 and 1 whom every ingress knows."""
+
+    def add(name: str, weight: str) -> Running:
+        made = tenants("add", f"{name}-{os.getpid()}-{time.time_ns()}", "--weight", weight)
+        tenant = Running(running.url, made["key"], running.process, made["name"])
+        status_within(IN_FORCE_S, lambda: tenant.post(COMPLETIONS, {}), 400)
+        return tenant
+
+    return add("three", "3"), add("one", "1")
 
 
 def test_the_ledger_holds_exactly_what_was_delivered_through_a_kill_of_the_fairness_actor(
