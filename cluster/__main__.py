@@ -20,6 +20,7 @@ COMMANDS = {
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
     "bench-simulation": ("cluster.bench_simulation", "how many requests a second the simulator serves"),
     "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),
+    "bench-fairness-rpc": ("cluster.bench_fairness_rpc", "how many exchanges a second the fairness actor takes"),
     "bench-http": ("cluster.bench_http", "compare this endpoint with plain vLLM's server over HTTP"),
 }
 

@@ -128,13 +128,14 @@ def make_engine_kwargs(settings: AppArgs) -> dict[str, Any]:
         kwargs["max_num_batched_tokens"] = max(replicas.max_model_len, CPU_BATCHED_TOKENS)
     if replicas.kv_cache_bytes is not None:
         kwargs["kv_cache_memory_bytes"] = replicas.kv_cache_bytes
-    if preemption.policy != "stock":
+    if preemption.policy != "stock" or settings.admission != "first-come":
         kwargs["scheduler_cls"] = SCHEDULERS[replicas.accelerator]
+    if preemption.policy != "stock":
         kwargs["kv_transfer_config"] = {
             "kv_connector": "SwapConnector",
             "kv_connector_module_path": "replicas.vllm_swap",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": preemption.connector_settings(),
+            "kv_connector_extra_config": settings.connector_settings(),
         }
     return kwargs

@@ -116,7 +116,7 @@ class PreemptionArgs(_Settings):
     """Folder on the replica's host for a log of every decision on preemption; None: no log."""
 
     def connector_settings(self) -> dict[str, Any]:
-        """What the engine's connector and scheduler read (`replicas.config.SwapConfig`).
+        """What of these the engine's connector reads.
 
         Raises:
             ValueError: `costs_file` cannot be read, or holds no costs, or those of several models.
@@ -125,6 +125,18 @@ class PreemptionArgs(_Settings):
         if self.costs_file is not None:
             settings["cost_snapshot"] = read_fitted(Path(self.costs_file).expanduser()).to_json()
         return settings
+
+
+class FairnessArgs(_Settings):
+    """Who of those who wait is admitted next, and what tenants are compared by."""
+
+    admission: Literal["fair", "first-come"] | None = None
+    """`fair`: whose tenant was served least for its weight; `first-come`: vLLM's order. None: `fair`, and `first-come` with
+    the preemption policy `stock`, which then is vLLM's own scheduler."""
+
+    service: Literal["tokens", "seconds"] = "tokens"
+    """What is equalised between tenants: tokens (a computed one of a prompt 1, a generated one 2), or predicted seconds of
+    engine time, for which no bound is stated."""
 
 
 class IngressArgs(_Settings):
@@ -155,8 +167,28 @@ class AppArgs(_Settings):
     model: ModelArgs = ModelArgs()
     replicas: ReplicaArgs
     preemption: PreemptionArgs = PreemptionArgs()
+    fairness: FairnessArgs = FairnessArgs()
     ingress: IngressArgs = IngressArgs()
     state: StateArgs = StateArgs()
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.preemption.policy == "stock" and self.fairness.service != "tokens":
+            raise ValueError("fairness.service must be tokens with preemption.policy stock: leave it out")
+        return self
+
+    @property
+    def admission(self) -> Literal["fair", "first-come"]:
+        """The order of admission at start."""
+        return self.fairness.admission or ("first-come" if self.preemption.policy == "stock" else "fair")
+
+    def connector_settings(self) -> dict[str, Any]:
+        """What the engine's connector and scheduler read (`replicas.config.SwapConfig`).
+
+        Raises:
+            ValueError: See `PreemptionArgs.connector_settings`.
+        """
+        return self.preemption.connector_settings() | {"admission": self.admission, "service": self.fairness.service}
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "AppArgs":

@@ -49,10 +49,12 @@ from cluster.request_checks import (
 )
 from cluster.serve_lengths import LengthExchange
 from cluster.serve_tenants import LiveTenants
+from cluster.serve_weights import WeightTeller
 from cluster.state import SqliteStore
 from cluster.tenant_limits import Refusal, Ticket
 from cluster.tenant_registry import Tenant
 from cost_service.cost_actor import start_cost_actor
+from global_scheduler.fairness_actor import start_fairness_actor
 from replicas.request_stamp import make_stamp
 
 logger = logging.getLogger("ray.serve")
@@ -83,13 +85,15 @@ class AdaptiveIngress(OpenAiIngress):
     ) -> None:
         super().__init__(**kwargs)
         store = SqliteStore(Path(state_file))
-        # Here, for the ingress runs wherever the application does, and the actor takes no request's time.
+        # Here, for the ingress runs wherever the application does, and the actors take no request's time.
         start_cost_actor(store)
+        start_fairness_actor(store)
         self._tenants = LiveTenants(store, tenant_by_key_hash, num_ingresses=num_ingresses)
         self._max_model_len = max_model_len
         self._limits = limits
         self._lengths = LengthExchange(max_model_len)
-        self._loops = [asyncio.create_task(loop) for loop in (self._lengths.run(), self._tenants.run())]
+        loops = (self._lengths.run(), self._tenants.run(), WeightTeller(self._tenants.weights).run())
+        self._loops = [asyncio.create_task(loop) for loop in loops]
 
     async def check_health(self) -> None:
         """Ray's own, and that what runs beside requests still runs."""

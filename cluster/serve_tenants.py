@@ -40,6 +40,10 @@ class LiveTenants:
         """Return what keeps a tenant's prefix cache apart from others'."""
         return cache_salt(self._secret, tenant)
 
+    def weights(self) -> Mapping[str, float]:
+        """Return the weights of all tenants by name."""
+        return {name: tenant.weight for name, tenant in self._copy.directory.tenants.items()}
+
     async def run(self) -> NoReturn:
         """Look for changes for ever."""
         while True:

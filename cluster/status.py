@@ -1,6 +1,8 @@
-"""`python -m cluster status`: what every replica of a running application last reported.
+"""`python -m cluster status`: what every replica of a running application last reported, and what tenants were served.
 
-Rule: it asks the replicas, not the engines; a replica answers from its engine's last report and never waits for a step.
+Rules:
+- It asks the replicas, not the engines; a replica answers from its engine's last report and never waits for a step.
+- It asks the fairness actor for tenants; one that is away is said, and the replicas are shown all the same.
 """
 
 import argparse
@@ -10,12 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.running import ask_replicas, connected
+from cluster.running import ask_actor, ask_replicas, connected
+from cost_service.service_messages import ACTOR as FAIRNESS_ACTOR
 
 COLUMNS = (
-    ("replica", 12), ("policy", 20), ("running", 8), ("waiting", 8), ("kv used", 8), ("swaps", 8), ("recomputes", 11),
-    ("host pool", 12), ("tokens/s", 9), ("age s", 6),
+    ("replica", 12), ("policy", 20), ("admission", 12), ("running", 8), ("waiting", 8), ("kv used", 8), ("swaps", 8),
+    ("recomputes", 11), ("host pool", 12), ("tokens/s", 9), ("age s", 6),
 )  # fmt: skip
+TENANT_COLUMNS = (("tenant", 32), ("service", 14), ("share", 8), ("waiting", 8), ("weight", 8))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +51,13 @@ def _show(options: argparse.Namespace) -> int:
         time.sleep(options.interval_s)
         now = fetch()
         rows = [summarise(replica, before.get(name)) for name, replica in sorted(now.items())]
+        fairness = fetch_fairness()
         if options.json is None:
             if options.watch:
                 print("\033[2J\033[H", end="")
-            print(table(rows), flush=True)
+            print(table(rows) + "\n\n" + fairness_table(fairness), flush=True)
         else:
-            text = json.dumps({"replicas": rows}, indent=2)
+            text = json.dumps({"replicas": rows, "fairness": fairness}, indent=2)
             print(text) if str(options.json) == "-" else options.json.write_text(text + "\n")
         if not options.watch:
             return 0
@@ -62,6 +67,15 @@ def _show(options: argparse.Namespace) -> int:
 def fetch() -> dict[str, dict[str, Any]]:
     """Replica name to its status."""
     return {answer["replica"]: answer for answer in ask_replicas("status")}
+
+
+def fetch_fairness() -> dict[str, Any]:
+    """What the fairness actor knows (`FairnessService.status`), or why it does not say."""
+    try:
+        status: dict[str, Any] = ask_actor(FAIRNESS_ACTOR, "status")
+    except LookupError as error:
+        return {"away": str(error)}
+    return status
 
 
 def summarise(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
@@ -83,13 +97,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["".join(name.rjust(width) for name, width in COLUMNS)]
     for row in rows:
         if "epoch" not in row:
-            cells = [row["replica"][-10:], "-", "0", "0", "0 %", "0", "0", "-", "0", "-"]
+            cells = [row["replica"][-10:], "-", "-", "0", "0", "0 %", "0", "0", "-", "0", "-"]
         else:
             cells = [
                 row["replica"][-10:], row["preemption"] + (" (guarded)" if row["guarded"] else ""),
-                row["num_running"], row["num_waiting"],
+                row["admission"], row["num_running"], row["num_waiting"],
                 f"{100 * row['kv_used_fraction']:.0f} %", row["swaps"], row["recomputes"],
                 f"{row['num_used_host_slots']}/{row['num_host_slots']}", row["tokens_per_s"], f"{row['age_s']:.1f}",
             ]  # fmt: skip
         lines.append("".join(str(cell).rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
     return "\n".join(lines)
+
+
+def fairness_table(fairness: dict[str, Any]) -> str:
+    """Render what the fairness actor says for a terminal."""
+    if "away" in fairness:
+        return f"Fairness: {fairness['away']} Engines are fair by what they know themselves."
+    lines = []
+    for name, pool in fairness["pools"].items():
+        if pool["gap"] is None:
+            lines.append(f"{name}: {len(pool['replicas'])} replicas; no bound is stated.")
+        else:
+            lines.append(
+                f"{name}: {len(pool['replicas'])} replicas; gap {pool['gap']:.0f}, bound {pool['bound']:.0f},"
+                f" gap/bound {pool['gap_of_bound']:.3f}"
+            )
+        lines.append("".join(title.rjust(width) for title, width in TENANT_COLUMNS))
+        for tenant in pool["tenants"]:
+            cells = [
+                tenant["tenant"][-30:] or "(none)", f"{tenant['service']:.0f}", f"{tenant['share']:.0%}",
+                tenant["waiting"], f"{tenant['weight']:g}",
+            ]  # fmt: skip
+            lines.append(
+                "".join(str(cell).rjust(width) for cell, (_, width) in zip(cells, TENANT_COLUMNS, strict=True))
+            )
+    return "\n".join(lines) or "Fairness: no replica has reported yet."

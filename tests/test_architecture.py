@@ -44,6 +44,7 @@ SHELLS = {
     "cluster/calibrate.py": "runs a vLLM engine to measure it",
     "cluster/bench_engine.py": "runs vLLM engines to measure them",
     "cluster/bench_drift.py": "runs a vLLM engine to measure it",
+    "cluster/bench_fairness_rpc.py": "runs the fairness actor on Ray to measure it",
 }
 """Shells beyond the patterns, each with its reason."""
 

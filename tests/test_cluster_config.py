@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from cluster.config import AppArgs, ServeFile, default_home, load
 from cost_service.snapshot import CostSnapshot
+from replicas.config import SwapConfig
 from tests.test_cost_service_learner import TRUTH
 
 MIB = 1 << 20
@@ -169,7 +170,7 @@ def settings_with(costs_file: Path) -> dict[str, Any]:
     args = AppArgs.from_mapping(
         {"replicas": {"kv_cache_bytes": 64 * MIB}, "preemption": {"policy": "swap", "costs_file": str(costs_file)}}
     )
-    return args.preemption.connector_settings()
+    return args.connector_settings()
 
 
 def test_costs_that_were_fitted_go_to_the_engine(tmp_path: Path) -> None:
@@ -179,6 +180,42 @@ def test_costs_that_were_fitted_go_to_the_engine(tmp_path: Path) -> None:
     assert CostSnapshot.from_json(settings["cost_snapshot"]) == TRUTH
     assert settings["preemption"] == "swap"
     assert "costs_file" not in settings
+
+
+def admission_of(**args: Any) -> tuple[str, dict[str, Any]]:
+    settings = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 * MIB}, **args})
+    return settings.admission, settings.connector_settings()
+
+
+def test_admission_is_fair_unless_something_else_is_said() -> None:
+    admission, settings = admission_of()
+    assert (admission, settings["admission"], settings["service"]) == ("fair", "fair", "tokens")
+    admission, settings = admission_of(fairness={"admission": "first-come", "service": "seconds"})
+    assert (admission, settings["admission"], settings["service"]) == ("first-come", "first-come", "seconds")
+    SwapConfig.from_mapping(settings)
+
+
+def test_stock_is_vllms_own_order_unless_fair_is_said() -> None:
+    assert admission_of(preemption={"policy": "stock"})[0] == "first-come"
+    assert admission_of(preemption={"policy": "stock"}, fairness={"admission": "fair"})[0] == "fair"
+    args = {"replicas": {"accelerator": "gpu"}, "preemption": {"policy": "stock"}, "fairness": {"service": "seconds"}}
+    said = sentence(AppArgs.from_mapping, args)
+    assert "fairness.service must be tokens with preemption.policy stock: leave it out." in said
+
+
+@pytest.mark.parametrize("policy", ["stock", "recompute"])
+@pytest.mark.parametrize("admission", ["fair", "first-come"])
+def test_vllms_own_scheduler_serves_stock_with_first_come_alone(policy: str, admission: str) -> None:
+    from cluster.app import make_engine_kwargs  # loads Ray
+
+    kwargs = make_engine_kwargs(
+        AppArgs.from_mapping(
+            {"replicas": {"kv_cache_bytes": 64 * MIB}, "preemption": {"policy": policy},
+             "fairness": {"admission": admission}}
+        )
+    )  # fmt: skip
+    assert ("scheduler_cls" in kwargs) == ((policy, admission) != ("stock", "first-come"))
+    assert ("kv_transfer_config" in kwargs) == (policy != "stock")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,15 @@ def running() -> Iterator[Running]:
         process.wait(90)
 
 
-def status(running: Running) -> list[dict[str, Any]]:
+def full_status() -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster", "status", "--json", "-", "--interval-s", "0.2"]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
-    replicas: list[dict[str, Any]] = json.loads(answer.stdout[answer.stdout.index("{") :])["replicas"]
+    told: dict[str, Any] = json.loads(answer.stdout[answer.stdout.index("{") :])
+    return told
+
+
+def status(running: Running) -> list[dict[str, Any]]:
+    replicas: list[dict[str, Any]] = full_status()["replicas"]
     return replicas
 
 
@@ -241,14 +247,20 @@ def test_status_shows_both_replicas(running: Running) -> None:
 
 
 def test_a_running_application_follows_another_policy(running: Running) -> None:
-    before = {replica["preemption"] for replica in status(running)}
-    for policy in ("recompute", before.pop()):
-        command = [sys.executable, "-m", "cluster", "policy", policy]
+    before = {(replica["preemption"], replica["admission"]) for replica in status(running)}
+    assert before == {("adaptive", "fair")}
+    for arguments, policies in (
+        (["recompute"], ("recompute", "fair")),
+        (["--admission", "first-come"], ("recompute", "first-come")),
+        (["adaptive", "--admission", "fair"], ("adaptive", "fair")),
+    ):
+        command = [sys.executable, "-m", "cluster", "policy", *arguments]
         answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
-        assert answer.stdout.count(f": {policy}\n") == 2
+        names = ", ".join(name for name in arguments if name != "--admission")
+        assert answer.stdout.count(f": {names}\n") == 2
         for _ in range(8):  # a step of each engine
             assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 2}).status_code == 200
-        assert {replica["preemption"] for replica in status(running)} == {policy}
+        assert {(replica["preemption"], replica["admission"]) for replica in status(running)} == {policies}
 
 
 def costs(*arguments: str) -> dict[str, Any]:
@@ -313,8 +325,8 @@ KILL = """
 from cluster.running import connected
 with connected("auto"):
     import ray
-    from cost_service.cost_actor import find_cost_actor
-    ray.kill(find_cost_actor(), no_restart=False)
+    from cost_service.named_actor import find_actor
+    ray.kill(find_actor("cost_service"), no_restart=False)
 """
 
 
@@ -397,6 +409,83 @@ def test_over_a_cap_a_tenant_gets_429_with_retry_after_and_others_are_served(run
     status_within(10, ask, 200)  # both clients have left: nothing of them stays
 
 
+def usage_of(tenant: Running, num: int) -> Counter[str]:
+    """Send requests, and return what was delivered."""
+
+    def send(number: int) -> dict[str, int]:
+        body = {"model": MODEL, "prompt": f"{tenant.tenant} {number} " * (1 + number % 7), "max_tokens": 5 + number % 9}
+        answer = tenant.post(COMPLETIONS, body)
+        assert answer.status_code == 200, answer.text
+        usage: dict[str, int] = answer.json()["usage"]
+        return usage
+
+    total: Counter[str] = Counter()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for usage in pool.map(send, range(num)):
+            total["prompt"] += usage["prompt_tokens"]
+            total["output"] += usage["completion_tokens"]
+    return total
+
+
+def in_ledger(tenants: Iterable[str], expected: dict[str, Counter[str]]) -> dict[str, dict[str, Any]]:
+    """What the fairness actor says of tenants, once its ledger is what was delivered; fails if that never comes."""
+    deadline_s = time.monotonic() + 60
+    while True:
+        fairness = full_status()["fairness"]
+        (pool,) = fairness.get("pools", {"": {"tenants": []}}).values()
+        told = {each["tenant"]: each for each in pool["tenants"]}
+        held = {
+            name: Counter(
+                prompt=delivered["num_input_tokens"] + delivered["num_cached_tokens"],
+                output=delivered["num_output_tokens"],
+            )
+            for name in tenants
+            if name in told
+            for delivered in [told[name]["delivered"]]
+        }
+        if held == expected:
+            assert len(pool["replicas"]) == 2
+            return {name: told[name] for name in tenants}
+        assert time.monotonic() < deadline_s, (held, expected, fairness)
+
+
+@pytest.fixture(scope="module")
+def two_tenants(running: Running) -> tuple[Running, Running]:
+    """Tenants of weights 3 and 1 whom every ingress knows."""
+
+    def add(name: str, weight: str) -> Running:
+        made = tenants("add", f"{name}-{os.getpid()}-{time.time_ns()}", "--weight", weight)
+        tenant = Running(running.url, made["key"], running.process, made["name"])
+        status_within(IN_FORCE_S, lambda: tenant.post(COMPLETIONS, {}), 400)
+        return tenant
+
+    return add("three", "3"), add("one", "1")
+
+
+def test_the_ledger_holds_exactly_what_was_delivered_through_a_kill_of_the_fairness_actor(
+    two_tenants: tuple[Running, Running],
+) -> None:
+    names = [tenant.tenant for tenant in two_tenants]
+    expected = {tenant.tenant: usage_of(tenant, 24) for tenant in two_tenants}
+    told = in_ledger(names, expected)
+    assert [told[name]["weight"] for name in names] == [3.0, 1.0], "as the registry says"
+    assert [told[name]["waiting"] for name in names] == [0, 0]
+    life = full_status()["fairness"]["life"]
+    kill = KILL.replace("cost_service", "fairness").replace("from fairness.", "from cost_service.")
+    subprocess.run([sys.executable, "-c", kill], env=environment(), check=True, timeout=120, capture_output=True)
+    for tenant in two_tenants:  # while it is away, and after
+        expected[tenant.tenant] += usage_of(tenant, 12)
+    in_ledger(names, expected)
+    assert full_status()["fairness"]["life"] != life
+
+
+def test_status_shows_tenants_gap_and_bound_to_people(two_tenants: tuple[Running, Running]) -> None:
+    command = [sys.executable, "-m", "cluster", "status", "--interval-s", "0.2"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120).stdout
+    assert re.search(r"2 replicas; gap \d+, bound \d+, gap/bound \d\.\d+", shown), shown
+    assert re.search(rf"{two_tenants[0].tenant[-30:]} +\d+ +\d+% +0 +3\b", shown), shown
+
+
 METRICS = """
 from cluster.running import connected
 with connected("auto"):
@@ -451,7 +540,9 @@ def test_metrics_have_the_names_that_dashboards_rely_on(running: Running, metric
     names = {
         "ray_adaptivellm_host_pool_blocks", "ray_adaptivellm_degraded", "ray_adaptivellm_headroom_blocks",
         "ray_adaptivellm_output_tokens_total", "ray_adaptivellm_output_length_coverage",
-        "ray_adaptivellm_output_length_loss_ratio",
+        "ray_adaptivellm_output_length_loss_ratio", "ray_adaptivellm_tenant_service_total",
+        "ray_adaptivellm_fairness_gap", "ray_adaptivellm_fairness_bound", "ray_adaptivellm_fairness_gap_of_bound",
+        "ray_adaptivellm_weighted_turnaround",
     }  # fmt: skip
     deadline_s = time.monotonic() + 60
     told = ""
