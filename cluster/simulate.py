@@ -20,7 +20,7 @@ from cluster.bench_arm import STOCK
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
-from cluster.routing import LeastLoaded, RoundRobin, Router
+from cluster.routing import LeastLoaded, Placed, RoundRobin, Router
 from cluster.simulated_kind import add_kind_arguments, kind_of, timed
 from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, ReplicaKind, ample
 from cluster.simulation import Disturbances, Simulation
@@ -31,7 +31,9 @@ from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy
 
 DEFAULT = "synthetic:requests=2000,rate=20"
-ROUTERS: dict[str, Callable[[], Router]] = {"least-loaded": LeastLoaded, "round-robin": RoundRobin}
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "least-loaded": LeastLoaded, "round-robin": RoundRobin, "placement": Placed,
+}  # fmt: skip
 ALONE_PROMPTS = (1, 128, 512, 2048, 8192)
 ALONE_OUTPUT = 64
 MOST_TENANTS = 50

@@ -8,6 +8,6 @@ def degraded_gauge() -> Gauge:
     return Gauge(
         "adaptivellm_degraded",
         description="1 while a part is not itself: preemption does as vLLM does, cost_service does not answer a replica, "
-        "output_lengths are not exchanged by an ingress, tenants are not read anew by an ingress.",
+        "output_lengths are not exchanged by an ingress, tenants are not read anew by an ingress, routing_stats are late.",
         tag_keys=("part",),
     )
