@@ -19,7 +19,7 @@ COMMANDS = {
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
     "bench-simulation": ("cluster.bench_simulation", "how many requests a second the simulator serves"),
-    "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),
+    "bench-decision": ("cluster.bench_decision", "what one decision on preemption or placement costs, in microseconds"),
     "bench-http": ("cluster.bench_http", "compare this endpoint with plain vLLM's server over HTTP"),
 }
 

@@ -16,6 +16,7 @@ Source: Ray 2.60 `serve/_private/request_router/request_router.py` (`RequestRout
 
 import logging
 import time
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -42,26 +43,29 @@ class PlacementRouter(RequestRouter):
         self._heard: dict[str, tuple[str, int]] = {}
         """Epoch and sequence of what each replica said last."""
 
+        self._running: dict[str, RunningReplica] = {}
         self._num_silent = 0
         self._degraded = degraded_gauge()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take what the controller says: who is there, and what they say."""
         now_s = time.monotonic()
-        self._keep_to([each.replica_id.unique_id for each in replicas])
+        self._running = {each.replica_id.unique_id: each for each in replicas}
+        self._keep_to(self._running)
         for each in replicas:
             self._listen(each.replica_id.unique_id, each.routing_stats, now_s)
         super().update_replicas(replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """A replica is gone before the controller says so."""
-        self._keep_to([name for name in self._heard if name != replica_id.unique_id])
+        self._running = {name: each for name, each in self._running.items() if name != replica_id.unique_id}
+        self._keep_to(self._running)
         super().on_replica_actor_died(replica_id)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The replica that the request is placed at, and the others for the case that it refuses."""
+        """The replica that the request is placed at, and all of them for the case that it refuses."""
         if pending_request is None or not len(self._placement):
             return [candidate_replicas]
         # Else Ray tries again without a pause, and nothing else runs meanwhile.
@@ -77,8 +81,7 @@ class PlacementRouter(RequestRouter):
             self._num_silent = decision.num_silent
             self._degraded.set(float(decision.num_silent > 0), tags={"part": "routing_stats"})
         pending_request.future.add_done_callback(lambda future: self._sent(name, future))
-        first = [each for each in candidate_replicas if each.replica_id.unique_id == decision.replica]
-        return [first, [each for each in candidate_replicas if each.replica_id.unique_id != decision.replica]]
+        return [[self._running[decision.replica]], candidate_replicas]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """The request is over, or was refused."""
@@ -91,7 +94,7 @@ class PlacementRouter(RequestRouter):
         else:
             self._placement.moved(name, future.result().replica_id.unique_id)
 
-    def _keep_to(self, names: list[str]) -> None:
+    def _keep_to(self, names: Collection[str]) -> None:
         for name in [each for each in self._heard if each not in names]:
             del self._heard[name]
             self._placement.down(name)
