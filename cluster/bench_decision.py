@@ -112,7 +112,7 @@ def placing(num_replicas: int, num_tokens: int) -> Callable[[], object]:
 
     def place() -> None:
         placement.place("one", tenant="t3", num_tokens=num_tokens, marks=marks, now_s=1.0)
-        placement.ended("one", 1.0)
+        placement.ended("one")
 
     return place
 

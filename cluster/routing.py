@@ -34,7 +34,7 @@ class Router(Protocol):
         """The replica's engine has begun another step, or got a request."""
         ...
 
-    def ended(self, request: SimulatedRequest, now_s: float) -> None:
+    def ended(self, request: SimulatedRequest) -> None:
         """A request is over, wherever it was."""
         ...
 
@@ -67,7 +67,7 @@ class RoundRobin:
     def changed(self, replica: int, now_s: float) -> None:
         """See `Router`."""
 
-    def ended(self, request: SimulatedRequest, now_s: float) -> None:
+    def ended(self, request: SimulatedRequest) -> None:
         """See `Router`."""
 
 
@@ -99,7 +99,7 @@ class LeastLoaded:
         engine = self._engines[replica]
         self._free[replica] = engine.known_free_blocks - engine.num_waiting_tokens / engine.settings.block_size
 
-    def ended(self, request: SimulatedRequest, now_s: float) -> None:
+    def ended(self, request: SimulatedRequest) -> None:
         """See `Router`."""
 
 
@@ -150,9 +150,9 @@ class Placed:
             num_waiting_tokens=engine.num_waiting_tokens, backlog=heaviest(engine.waiting_tokens),
         )  # fmt: skip
 
-    def ended(self, request: SimulatedRequest, now_s: float) -> None:
+    def ended(self, request: SimulatedRequest) -> None:
         """See `Router`."""
-        self.placement.ended(request.request_id, now_s)
+        self.placement.ended(request.request_id)
 
     def _report(self, now_s: float) -> None:
         """Let replicas report what they were like when that was due, if they have changed since."""

@@ -263,7 +263,7 @@ class Simulation:
 
     def _end(self, replica: Replica | None, request: SimulatedRequest) -> None:
         """A request is over."""
-        self._router.ended(request, self.now_s)
+        self._router.ended(request)
         if replica is not None and self._reader is not None:
             _credit(replica, request)
         self._done(request.record())

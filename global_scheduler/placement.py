@@ -4,12 +4,11 @@ Rules:
 1. A tenant's backlog is even: a replica where more of its tokens wait than at the best one, by over `exchange_tokens`, is
    out. So no tenant's backlogs differ by more than that and one request because of where it was sent.
 2. Of the others, the one with most room is taken: free KV blocks, less the tokens of those who wait there.
-3. A prompt's cached beginning counts as room, up to `exchange_tokens`: so much more may be in work at a replica for what it
-   need not compute. This one constant is the whole exchange between affinity and balance.
+3. A prompt's cached beginning counts as room, `CACHED_WORTH` times its tokens, up to `exchange_tokens`: so much more may be
+   in work at a replica for what it need not compute. This one constant limits all that affinity may cost in balance.
 4. Ties go to the lower id: the same history gives the same placement.
 - What replicas say is old. What was sent since counts until a report of a later time, or until its end: routers do not herd
-  to the replica that looked empty. What has ended since, and was in the report, counts as room: who asks again at once finds
-  its replica as free as it is. Each router knows its own requests alone; others' come with the next report.
+  to the replica that looked empty. Each router knows its own requests alone; others' come with the next report.
 - A replica that has not said anything, or is at work and says nothing for `max_age_s`, is taken for an average one, plus
   what was sent there and is not over. If all are silent, requests go where fewest tokens of this router's are in work.
 - Placement only: nothing waits here.
@@ -18,7 +17,6 @@ O(replicas) for each request, in arrays. No clock: whoever drives it says the ti
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +25,9 @@ import numpy.typing as npt
 
 from cost_service.service_messages import ReplicaLoad
 from global_scheduler.prefix_homes import Mark, PrefixHomes
+
+CACHED_WORTH = 4
+"""Tokens of room that one cached token is worth, for it saves computing too. Simulations gave less throughput at 1 and 2."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,19 +75,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """A request that was sent and is not over, as far as is known."""
+    """A request that no report tells of yet."""
 
     replica: str
     tenant: str
     num_tokens: int
     """Those that are not cached there."""
 
-    prompt_tokens: int
     sent_s: float
-
-
-MAX_REPORTED = 1 << 16
-"""Requests in work that reports tell of: whose end was never heard, the oldest of them are forgotten."""
 
 
 class Placement:
@@ -97,7 +93,7 @@ class Placement:
         self.homes = homes or PrefixHomes()
         self._names: list[str] = []
         self._places: dict[str, int] = {}
-        self._free = self._heard_s = self._sent = self._over = np.zeros(0)
+        self._free = self._heard_s = self._sent = np.zeros(0)
         self._works = np.zeros(0, dtype=bool)
         self._backlogs: dict[str, Floats] = {}
         """By tenant, as reported."""
@@ -110,12 +106,6 @@ class Placement:
 
         self._told: dict[str, dict[str, int]] = {}
         """Backlogs by tenant, by replica."""
-
-        self._reported: dict[str, _Sent] = {}
-        """Requests that are in a report."""
-
-        self._over_at: dict[str, deque[tuple[float, int]]] = {}
-        """By replica, those of them that are over: when, and tokens of the prompt; `_over` has the sums."""
 
         self._requests: dict[str, _Sent] = {}
         self._requests_at: dict[str, dict[str, None]] = {}
@@ -133,16 +123,14 @@ class Placement:
         assert replica not in self._places, f"{replica} is up already"
         self._arrange(sorted([*self._names, replica]))
         self._requests_at[replica] = {}
-        self._over_at[replica] = deque()
         self.homes.up(replica)
 
     def down(self, replica: str) -> None:
         """A replica is gone, with all that it had."""
         for request_id in list(self._requests_at[replica]):
             self._take_back(request_id)
-        self._reported = {name: sent for name, sent in self._reported.items() if sent.replica != replica}
         self._note(replica, {})
-        del self._requests_at[replica], self._told[replica], self._over_at[replica]
+        del self._requests_at[replica], self._told[replica]
         self._arrange([name for name in self._names if name != replica])
         self.homes.down(replica)
 
@@ -162,12 +150,7 @@ class Placement:
         for request_id in list(self._requests_at[replica]):
             if self._requests[request_id].sent_s >= as_of_s:
                 break
-            self._reported[request_id] = self._take_back(request_id)
-        while len(self._reported) > MAX_REPORTED:
-            del self._reported[next(iter(self._reported))]
-        over = self._over_at[replica]
-        while over and over[0][0] < as_of_s:
-            self._over[place] -= over.popleft()[1]
+            self._take_back(request_id)
 
     def place(
         self, request_id: str, *, tenant: str, num_tokens: int, marks: Sequence[Mark] = (), now_s: float
@@ -181,22 +164,21 @@ class Placement:
         assert self._names, "no replica is up"
         assert num_tokens >= 1, f"a prompt of {num_tokens} tokens"
         assert request_id not in self._requests, f"{request_id} was sent already"
-        assert request_id not in self._reported, f"{request_id} was sent already, and reported"
         silent = self._silent(now_s)
         backlog = self._backlog_of(tenant, silent)
-        free = _average_for(silent, self._free) - self._sent + self._over
+        free = _average_for(silent, self._free) - self._sent
         cached = {name: min(num, num_tokens) for name, num in self.homes.cached(marks).items()} if marks else {}
         exchange = self.settings.exchange_tokens
         room = free.copy()
         for name, num in cached.items():
-            room[self._places[name]] += min(num, exchange)
+            room[self._places[name]] += min(CACHED_WORTH * num, exchange)
         least = float(backlog.min())
         candidates = backlog <= least + exchange
         room[~candidates] = -math.inf
         place = int(np.argmax(room))
         replica = self._names[place]
         num_cached = cached.get(replica, 0)
-        self._count(request_id, _Sent(replica, tenant, max(1, num_tokens - num_cached), num_tokens, now_s))
+        self._count(request_id, _Sent(replica, tenant, max(1, num_tokens - num_cached), now_s))
         self.homes.serve(marks, replica, num_tokens - num_cached)
         return Decision(
             request_id=request_id, replica=replica, backlog_tokens=float(backlog[place]), least_backlog_tokens=least,
@@ -204,13 +186,10 @@ class Placement:
             num_silent=int(silent.sum()),
         )  # fmt: skip
 
-    def ended(self, request_id: str, now_s: float) -> None:
-        """A request is over, or was never sent; unknown ones are left out."""
+    def ended(self, request_id: str) -> None:
+        """A request is over, or was never sent; those that are in a report already are left out."""
         if request_id in self._requests:
             self._take_back(request_id)
-        elif (sent := self._reported.pop(request_id, None)) is not None:
-            self._over_at[sent.replica].append((now_s, sent.prompt_tokens))
-            self._over[self._places[sent.replica]] += sent.prompt_tokens
 
     def moved(self, request_id: str, replica: str) -> None:
         """A request went to another replica than was chosen."""
@@ -239,10 +218,6 @@ class Placement:
         for tenant, tokens in reported.items():
             assert np.array_equal(tokens, self._backlogs[tenant]), f"reported backlog of {tenant!r}"
             assert tokens.any(), f"{tenant!r} is kept for nothing"
-        assert not self._reported.keys() & self._requests.keys(), "a request is counted twice"
-        assert all(one.replica in self._places for one in self._reported.values()), "a request of no replica"
-        for replica, over in self._over_at.items():
-            assert self._over[self._places[replica]] == sum(num for _, num in over), f"what is over at {replica}"
         self.homes.check()
 
     def _silent(self, now_s: float) -> npt.NDArray[np.bool_]:
@@ -300,7 +275,7 @@ class Placement:
 
         self._free = arrange(self._free, math.nan)
         self._heard_s = arrange(self._heard_s, -math.inf)
-        self._sent, self._over = arrange(self._sent, 0.0), arrange(self._over, 0.0)
+        self._sent = arrange(self._sent, 0.0)
         self._works = np.append(self._works, False)[before]
         for backlogs in (self._backlogs, self._own_backlogs):
             for tenant, tokens in backlogs.items():

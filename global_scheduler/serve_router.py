@@ -71,11 +71,12 @@ class PlacementRouter(RequestRouter):
         # Else Ray tries again without a pause, and nothing else runs meanwhile.
         pending_request.routing_context.should_backoff = True
         name = pending_request.metadata.internal_request_id
-        now_s = time.monotonic()
-        self._placement.ended(name, now_s)  # it was refused, and is tried again
+        self._placement.ended(name)  # it was refused, and is tried again
         body = pending_request.args[0] if pending_request.args else None
         tenant, num_tokens, marks = read_body(body)
-        decision = self._placement.place(name, tenant=tenant, num_tokens=num_tokens, marks=marks, now_s=now_s)
+        decision = self._placement.place(
+            name, tenant=tenant, num_tokens=num_tokens, marks=marks, now_s=time.monotonic()
+        )
         logger.debug("Placed: %s", decision)
         if decision.num_silent != self._num_silent:
             self._num_silent = decision.num_silent
@@ -85,12 +86,12 @@ class PlacementRouter(RequestRouter):
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """The request is over, or was refused."""
-        self._placement.ended(internal_request_id, time.monotonic())
+        self._placement.ended(internal_request_id)
 
     def _sent(self, name: str, future: Any) -> None:
         """Serve has decided, or the client has left before."""
         if future.cancelled() or future.exception() is not None:
-            self._placement.ended(name, time.monotonic())
+            self._placement.ended(name)
         else:
             self._placement.moved(name, future.result().replica_id.unique_id)
 

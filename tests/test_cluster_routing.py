@@ -100,6 +100,6 @@ def test_placement_keeps_prompts_with_the_same_beginning_together() -> None:
     assert homes == {10: 0, 20: 1}
     for number in range(4):
         for key in (10, 20):
-            router.ended(asked(key if number == 0 else number * 100 + key), 0.6)
+            router.ended(asked(key if number == 0 else number * 100 + key))
         for key in (10, 20):
             assert router.choose(asked((number + 1) * 100 + key, 160, prefix=parts[key]), 0.6) == homes[key]
