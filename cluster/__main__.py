@@ -23,7 +23,10 @@ COMMANDS = {
     ),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
     "bench-simulation": ("cluster.bench_simulation", "how many requests a second the simulator serves"),
-    "bench-decision": ("cluster.bench_decision", "what one decision on preemption or admission costs, in microseconds"),
+    "bench-decision": (
+        "cluster.bench_decision",
+        "what one decision of an engine or router costs, in microseconds",
+    ),
     "bench-fairness-rpc": ("cluster.bench_fairness_rpc", "how many exchanges a second the fairness actor takes"),
     "bench-fairness-actor": (
         "cluster.bench_fairness",

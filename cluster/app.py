@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
@@ -17,6 +18,7 @@ from cluster.http_app import make_app
 from cluster.ingress import ENDPOINTS, AdaptiveIngress
 from cluster.ray_internals import maybe_apply_llm_deployment_config_defaults, to_model_metadata
 from cluster.request_checks import RequestLimits
+from cost_service.service_messages import ROUTING_STATS_PERIOD_S
 from replicas.features import refused_feature
 
 HEALTH_CHECK_TIMEOUT_S = 60
@@ -85,6 +87,11 @@ def make_llm_config(settings: AppArgs, folder: Path | None) -> LLMConfig:
         "num_replicas": replicas.num_replicas,
         "max_ongoing_requests": replicas.max_ongoing_requests,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "request_router_config": RequestRouterConfig(
+            request_router_class="global_scheduler.serve_router.PlacementRouter",
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+            request_routing_stats_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        ),
     }
     values: dict[str, Any] = {
         "model_loading_config": {

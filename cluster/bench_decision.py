@@ -1,8 +1,9 @@
-"""`python -m cluster bench-decision`: what one decision on preemption or admission costs, in process and without an engine.
+"""`python -m cluster bench-decision`: what one decision costs, in process and without an engine.
 
 Preemption: pricing the candidates (their table is built already), building the table, and reading the views of all running
 requests out of vLLM's own blocks and requests. Admission: letting one more request wait, and choosing and taking out who is
-next, with few and with many who wait, of one tenant and of a thousand.
+next, with few and with many who wait, of one tenant and of a thousand. Placement: hashing a prompt's beginning, and choosing
+among replicas that tell of the backlogs of as many tenants as they name at most.
 """
 
 import argparse
@@ -22,6 +23,10 @@ from cost_service.charges import Served
 from cost_service.hardware import HARDWARE
 from cost_service.learner import BLOCK_KNOTS, TOKEN_KNOTS
 from cost_service.model_shape import SEVEN_BILLION
+from cost_service.prompt_text import BYTES_PER_TOKEN
+from cost_service.service_messages import MAX_BACKLOG_TENANTS, ReplicaLoad
+from global_scheduler.placement import Placement
+from global_scheduler.prefix_homes import Mark, prompt_marks
 from replicas.fair_queue import FairQueue, Waiting
 from replicas.host_pool import HostBlockPool
 from replicas.preemption import AdaptivePolicy
@@ -36,12 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidates", type=int, default=32, help="candidates that are priced (default: 32)")
     parser.add_argument("--requests", type=int, default=256, help="running requests that are read (default: 256)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of each of them (default: 4096)")
+    parser.add_argument(
+        "--replicas", type=int, nargs="+", default=[64, 1000], metavar="N", help="that are chosen of (default: 64 1000)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print medians in microseconds; 0."""
-    figures = measure(options.candidates, options.requests, options.tokens)
+    figures = measure(options.candidates, options.requests, options.tokens, options.replicas)
     for name, value_us in figures.items():
         print(f"{name:<64}{value_us:>9.1f} us")
     if options.json:
@@ -49,7 +57,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(num_candidates: int, num_requests: int, num_tokens: int) -> dict[str, float]:
+def measure(num_candidates: int, num_requests: int, num_tokens: int, num_replicas: list[int]) -> dict[str, float]:
     """Median microseconds of each part."""
     rng = random.Random(0)
     candidates = [candidate(str(number), rng.randint(1, 4096)) for number in range(num_candidates)]
@@ -83,6 +91,8 @@ def measure(num_candidates: int, num_requests: int, num_tokens: int) -> dict[str
         f"views of {num_requests} requests of {num_tokens} tokens": median_us(
             lambda: [view.candidate(request, host, survival=0.0) for request in requests]
         ),
+        f"marks of a prompt of {num_tokens} tokens": median_us(lambda: marks_of(num_tokens)),
+        **{f"placing among {num} replicas": median_us(placing(num, num_tokens)) for num in num_replicas},
     }
     for num_waiting in (100, 10_000):
         for num_tenants in (1, 1000):
@@ -117,6 +127,32 @@ def queue_us(num_waiting: int, num_tenants: int) -> tuple[float, float]:
         service.charge(popped.request_id, popped.account, Served(num_output_tokens=10))
     added, taken = zip(*times_us, strict=True)
     return statistics.median(added), statistics.median(taken)
+
+
+def marks_of(num_tokens: int) -> list[Mark]:
+    """Of a prompt of so many tokens."""
+    return prompt_marks([b"x" * num_tokens * BYTES_PER_TOKEN], salt="", bytes_per_token=BYTES_PER_TOKEN)
+
+
+def placing(num_replicas: int, num_tokens: int) -> Callable[[], object]:
+    """What places a request, and sees its end, where others were sent and all replicas are at work."""
+    placement, rng, marks = Placement(), random.Random(0), marks_of(num_tokens)
+    for number in range(num_replicas):
+        backlog = {f"t{tenant}": rng.randrange(10_000) for tenant in range(MAX_BACKLOG_TENANTS)}
+        placement.up(f"{number:04}")
+        load = ReplicaLoad(
+            epoch="", sequence=1, num_running=9, num_waiting=9, num_blocks=30_000, num_free_blocks=rng.randrange(9000),
+            block_size=BLOCK_SIZE, num_waiting_tokens=sum(backlog.values()), backlog=backlog,
+        )  # fmt: skip
+        placement.report(f"{number:04}", load, as_of_s=0.0, now_s=0.0)
+    for number in range(num_replicas):
+        placement.place(f"before {number}", tenant=f"t{number % 40}", num_tokens=num_tokens, marks=marks, now_s=1.0)
+
+    def place() -> None:
+        placement.place("one", tenant="t3", num_tokens=num_tokens, marks=marks, now_s=1.0)
+        placement.ended("one")
+
+    return place
 
 
 def candidate(name: str, num_tokens: int) -> Candidate:

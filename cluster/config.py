@@ -62,7 +62,7 @@ class ReplicaArgs(_Settings):
     """Requests that run in one step."""
 
     max_ongoing_requests: int = Field(default=1024, ge=1)
-    """Requests that one replica accepts, waiting ones included; further ones wait at the ingress."""
+    """Requests that one replica accepts, waiting ones included. What all refuse waits at the ingress, in no fair order."""
 
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     """Engine memory for KV blocks. None: what vLLM finds free (GPU only; CPU replicas must share the host's memory)."""

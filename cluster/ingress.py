@@ -28,7 +28,6 @@ from ray.serve.llm.ingress import OpenAiIngress
 
 from cluster.answers import AnswerReader, wants_usage, with_usage
 from cluster.http_app import at_end
-from cluster.length_predictor import prompt_size
 from cluster.openai_errors import (
     RequestError,
     internal_error,
@@ -54,6 +53,7 @@ from cluster.state import SqliteStore
 from cluster.tenant_limits import Refusal, Ticket
 from cluster.tenant_registry import Tenant
 from cost_service.cost_actor import start_cost_actor
+from cost_service.prompt_text import prompt_size
 from global_scheduler.fairness_actor import start_fairness_actor
 from replicas.request_stamp import make_stamp
 

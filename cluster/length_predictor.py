@@ -3,7 +3,7 @@
 Rules:
 - Nobody is asked on a request's path; what this ingress sees and what others saw is exchanged beside it
   (`cluster.serve_lengths`, `cost_service.length_service`).
-- An ingress does not tokenize. It takes a text's length for its UTF-8 bytes over `BYTES_PER_TOKEN`, both when it predicts
+- An ingress does not tokenize. It takes a text's length for its bytes (`cost_service.prompt_text`), both when it predicts
   and when it learns; the model asks only for the order of prompt lengths, so that the ratio matters nowhere but between
   prompts of text and of token ids.
 - A request that ended by itself teaches its length, one that was cut at its limit that it is longer. One that was aborted,
@@ -21,12 +21,7 @@ from cluster.request_checks import max_output_tokens
 from cost_service.length_messages import MAX_FINISHED, FinishedRequest, LengthNews, LengthReport
 from cost_service.length_service import LengthQuality, learn
 from cost_service.output_length import QUANTILES, OutputLength, Quantiles, pinball
-
-BYTES_PER_TOKEN = 4
-"""Of English text, about."""
-
-TOKENS_PER_MESSAGE = 4
-"""What a chat template adds, about."""
+from cost_service.prompt_text import prompt_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,24 +126,6 @@ class LengthPredictor:
     def learn_other(self, request: FinishedRequest) -> None:
         """Learn from a request that another ingress has seen finish."""
         learn(self._model, request)
-
-
-def prompt_size(checked: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the number of a checked request's prompts, and the tokens that they are taken for, each on average."""
-    if "messages" in checked:
-        return 1, sum(TOKENS_PER_MESSAGE + _text_tokens(message["content"]) for message in checked["messages"])
-    prompt = checked["prompt"]
-    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
-    prompts = [prompt] if is_one else prompt
-    sizes = [_text_tokens(one) if isinstance(one, str) else len(one) for one in prompts]
-    return len(prompts), sum(sizes) // len(sizes)
-
-
-def _text_tokens(text: str | list[dict[str, str]]) -> int:
-    """Of a text, or of a message's text parts."""
-    if isinstance(text, str):
-        return -(-(len(text) if text.isascii() else len(text.encode())) // BYTES_PER_TOKEN)
-    return sum(_text_tokens(part["text"]) for part in text)
 
 
 def _loss(quantiles: Quantiles, length: int) -> float:

@@ -15,8 +15,8 @@ from cluster.length_predictor import LengthPredictor
 from cost_service.length_messages import LengthNews
 from cost_service.named_actor import exchange_for_ever
 from cost_service.output_length import OutputLength
+from cost_service.serve_metrics import degraded_gauge
 from cost_service.service import ACTOR
-from replicas.serve_metrics import degraded_gauge
 
 logger = logging.getLogger("ray.serve")
 

@@ -11,7 +11,7 @@ from cluster.cache_salt import cache_salt, load_or_create_secret
 from cluster.tenant_copy import TenantCopy
 from cluster.tenant_limits import Admissions
 from cluster.tenant_registry import Store, Tenant
-from replicas.serve_metrics import degraded_gauge
+from cost_service.serve_metrics import degraded_gauge
 
 INTERVAL_S = 2.0
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from cost_service.named_actor import exchange_for_ever
+from cost_service.serve_metrics import degraded_gauge
 from cost_service.service_messages import ACTOR
-from replicas.serve_metrics import degraded_gauge
 
 INTERVAL_S = 1.0
 MAX_AT_ONCE = 1000

@@ -20,7 +20,7 @@ from cluster.bench_command import command_line
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
-from cluster.routing import LeastLoaded, RoundRobin, Router
+from cluster.routing import LeastLoaded, Placed, RoundRobin, Router
 from cluster.simulated_kind import add_kind_arguments, kind_of, timed
 from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, ReplicaKind, ample
 from cluster.simulation import Disturbances, Simulation
@@ -31,7 +31,9 @@ from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy
 
 DEFAULT = "synthetic:requests=2000,rate=20"
-ROUTERS: dict[str, Callable[[], Router]] = {"least-loaded": LeastLoaded, "round-robin": RoundRobin}
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "least-loaded": LeastLoaded, "round-robin": RoundRobin, "placement": Placed,
+}  # fmt: skip
 ALONE_PROMPTS = (1, 128, 512, 2048, 8192)
 ALONE_OUTPUT = 64
 MOST_TENANTS = 50
@@ -49,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy", default="stock,adaptive", metavar="A,B", help=f"policies to compare, of {policies}")
     add("--admission", default=FIRST_COME, metavar="A,B", help=f"waiting queues, of {', '.join(ADMISSIONS)}")
     add(
-        "--router", choices=ROUTERS, default="least-loaded", help="which replica gets a request (default: least-loaded)"
+        "--router",
+        default="least-loaded",
+        metavar="A,B",
+        help=f"which replica gets a request, of {', '.join(ROUTERS)} (default: least-loaded)",
     )
     add_kind_arguments(parser)
     add("--crash-interval-s", type=float, default=math.inf, help="a replica's mean time to a crash (default: never)")
@@ -124,7 +129,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     """
     if options.replicas < 1:
         raise ValueError(f"--replicas must be at least 1: it is {options.replicas}.")
-    policies, admissions = _names(options.policy), _names(options.admission)
+    policies, admissions, routers = _names(options.policy), _names(options.admission), _routers(options)
     what = timed(options)
     kinds = {policy: kind_of(options, what, policy=policy) for policy in policies}
     for admission in admissions:
@@ -166,13 +171,19 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         report["plan"] = capacity.plan(options, Arms(kinds=arms, requests=requests, calibration=calibration))
         return report | {"table": capacity.table(report["plan"])}
     report["arms"] = {
-        name: _arm(run(options, kind, requests, name), calibration, workload.weights()) for name, kind in arms.items()
+        f"{router}/{name}" if len(routers) > 1 else name: _arm(
+            run(options, kind, requests, name, router), calibration, workload.weights(), cached=len(routers) > 1
+        )
+        for router in routers
+        for name, kind in arms.items()
     }
     return report | {"table": table(report)}
 
 
-def run(options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[TraceRequest], name: str) -> Outcome:
-    """Serve the trace with one kind of replicas."""
+def run(
+    options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[TraceRequest], name: str, router: str | None = None
+) -> Outcome:  # fmt: skip
+    """Serve the trace with one kind of replicas, by the first of the routers if none is named."""
     records = RecordTable()
     part = max(1, len(requests) // 4)
 
@@ -182,7 +193,7 @@ def run(options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[Trace
             print(f"{name}: {len(records)} of {len(requests)} requests", file=sys.stderr, flush=True)
 
     simulation = Simulation(
-        ReplicaBuilder(kind), num_replicas=options.replicas, router=ROUTERS[options.router](), done=done,
+        ReplicaBuilder(kind), num_replicas=options.replicas, router=ROUTERS[router or _routers(options)[0]](), done=done,
         disturbances=Disturbances(
             seed=options.seed, crash_interval_s=options.crash_interval_s, restart_s=options.restart_s,
             resubmit=not options.lose,
@@ -219,11 +230,21 @@ def _room(kind: ReplicaKind, options: argparse.Namespace) -> int:
     return min(settings.max_model_len, (settings.num_blocks - 1) * settings.block_size)
 
 
-def _arm(outcome: Outcome, calibration: Calibration, weights: Mapping[str, float]) -> dict[str, Any]:
-    return asdict(figures(few_tenants(outcome.records), calibration, run_end_s=outcome.end_s, weights=weights)) | {
+def _arm(
+    outcome: Outcome, calibration: Calibration, weights: Mapping[str, float], *, cached: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    share = {"cached_share": cached_share(outcome)} if cached else {}
+    return share | asdict(figures(few_tenants(outcome.records), calibration, run_end_s=outcome.end_s, weights=weights)) | {
         "run_end_s": outcome.end_s, "most_kv_blocks": outcome.most_blocks, "steps": outcome.num_steps,
         "computed_tokens": outcome.computed_tokens, "crashes": outcome.crashes,
     }  # fmt: skip
+
+
+def cached_share(outcome: Outcome) -> float:
+    """Share of all prompt tokens that were not computed; what was computed again counts against it."""
+    prompts = sum(record.prompt_tokens for record in outcome.records)
+    decodes = sum(max(0, record.delivered_tokens - 1) for record in outcome.records)
+    return 1 - (outcome.computed_tokens - decodes) / prompts
 
 
 def few_tenants(records: Sequence[RequestRecord]) -> list[RequestRecord]:
@@ -244,7 +265,7 @@ def table(report: dict[str, Any]) -> str:
         f"{report['num_kv_blocks']} KV blocks a replica",
         f"{'':<28}" + "".join(f"{name:>{width}}" for name in arms),
     ]
-    for name in FIGURES:
+    for name in ("cached_share",) * any("cached_share" in arm for arm in arms.values()) + FIGURES:
         lines.append(f"{name:<28}" + "".join(_cell(arm[name], width) for arm in arms.values()))
     if base is not None and len(arms) > 1:
         lines += ["", "ratio to stock"]
@@ -256,6 +277,13 @@ def table(report: dict[str, Any]) -> str:
 
 def _cell(value: float | None, width: int) -> str:
     return f"{'-' if value is None else format(value, '.4g'):>{width}}"
+
+
+def _routers(options: argparse.Namespace) -> list[str]:
+    names = _names(options.router)
+    if unknown := [name for name in names if name not in ROUTERS]:
+        raise ValueError(f"--router must be of {', '.join(ROUTERS)}: {unknown[0]!r} is none of them.")
+    return names
 
 
 def _names(text: str) -> list[str]:

@@ -58,7 +58,7 @@ class SimulatedAdmission:
             return
         if engine.fair is None:
             engine.waiting.pop(now_s)
-        engine.num_waiting_tokens -= request.num_tokens
+        engine.count_waiting(request, -request.num_tokens)
 
     def _allocate(self, step: Step, request: SimulatedRequest, budget: int, now_s: float) -> int | None:
         """Give a waiting request its blocks: it runs then, or loads (0 tokens); None: it must wait, and all behind it.

@@ -67,6 +67,8 @@ class SimulatedEngine:
         self.num_steps = self.num_scheduled_tokens = self.num_output_tokens = self.num_preemptions = 0
         self.num_waiting_tokens = 0
         """Of those in the waiting queue."""
+        self.waiting_tokens: dict[str, int] = {}
+        """The same by tenant."""
         self.least_free_blocks = self.known_free_blocks = self.blocks.num_free
         """At any time, and when requests last came to run, ended or gave way: both the same with and without strides."""
         self._times, self._observe = times, observe
@@ -104,8 +106,17 @@ class SimulatedEngine:
                 f"({settings.max_model_len}) and into {settings.num_blocks - 1} KV blocks of {settings.block_size}."
             )
         self.waiting.add(request, now_s)
-        self.num_waiting_tokens += request.num_tokens
+        self.count_waiting(request, request.num_tokens)
         self.interrupt(now_s)
+
+    def count_waiting(self, request: SimulatedRequest, num_tokens: int) -> None:
+        """Count tokens of a request that waits from now on, or less than none of one that waits no more."""
+        self.num_waiting_tokens += num_tokens
+        of_tenant = self.waiting_tokens.get(request.tenant, 0) + num_tokens
+        if of_tenant:
+            self.waiting_tokens[request.tenant] = of_tenant
+        else:
+            del self.waiting_tokens[request.tenant]
 
     def abort(self, request: SimulatedRequest, now_s: float) -> None:
         """Its client has left; its blocks are free when the next step begins."""
@@ -246,7 +257,7 @@ class SimulatedEngine:
         self.num_preemptions += 1
         self._preempted.append(request)
         self.waiting.prepend(request, now_s)
-        self.num_waiting_tokens += request.num_tokens
+        self.count_waiting(request, request.num_tokens)
 
     @property
     def watermark_blocks(self) -> int:
@@ -307,7 +318,7 @@ class SimulatedEngine:
             self.loading.remove(request)
         else:
             self.waiting.remove(request)
-            self.num_waiting_tokens -= request.num_tokens
+            self.count_waiting(request, -request.num_tokens)
         if self.fair is not None:
             self.fair.ended(request)
         self.holders.discard(request)

@@ -159,7 +159,7 @@ class Simulation:
         self._homeless: list[SimulatedRequest] = []
         """Those who came while no replica was up."""
         for replica in self.replicas:
-            router.up(replica.number, replica.engine)
+            router.up(replica.number, replica.engine, self.now_s)
             self._expect_crash(replica)
             if reader is not None:
                 self._at(report_interval_s, _Event.REPORT_DUE, replica)
@@ -222,7 +222,7 @@ class Simulation:
 
     def _send(self, request: SimulatedRequest) -> None:
         """Give a request to a replica, or let it wait for one."""
-        request.home = self._router.choose(request)
+        request.home = self._router.choose(request, self.now_s)
         if request.home is None:
             self._homeless.append(request)
             return
@@ -263,6 +263,7 @@ class Simulation:
 
     def _end(self, replica: Replica | None, request: SimulatedRequest) -> None:
         """A request is over."""
+        self._router.ended(request)
         if replica is not None and self._reader is not None:
             _credit(replica, request)
         self._done(request.record())
@@ -307,7 +308,7 @@ class Simulation:
         replica.awaited_s = math.inf
         replica.sequence = 0
         replica.prompt_tokens, replica.output_tokens = {}, {}
-        self._router.up(replica.number, replica.engine)
+        self._router.up(replica.number, replica.engine, self.now_s)
         self._expect_crash(replica)
         homeless, self._homeless = self._homeless, []
         for request in homeless:
@@ -341,7 +342,7 @@ class Simulation:
     def _follow(self, replica: Replica) -> None:
         """Wait for the engine's next event."""
         engine = replica.engine
-        self._router.changed(replica.number)
+        self._router.changed(replica.number, self.now_s)
         if engine.next_s < math.inf and engine.next_s != replica.awaited_s:
             replica.awaited_s = engine.next_s
             self._at(engine.next_s, _Event.STEP, (replica, engine))

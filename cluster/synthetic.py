@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from itertools import accumulate, islice
 from operator import attrgetter
 from typing import Any, Self
@@ -27,6 +28,7 @@ from cost_service.traces import MAX_TOKENS, TraceRequest
 SCHEME = "synthetic:"
 DEFAULT_REQUESTS, DEFAULT_TENANTS = 60, 4
 SHAPES = ("lognormal", "uniform")
+PREFIX_BLOCK_TOKENS = 64
 LEAST_RATE = 1e-9
 """Requests per second: one in thirty years. Times of arrival stay finite."""
 
@@ -77,6 +79,12 @@ class Stream:
     spread: float = 0.5
     """Standard deviation of the logarithm of a length; 0: every length is its mean."""
 
+    prefixes: int = 0
+    """Beginnings that each tenant's prompts have, each prompt one of them before its own tokens; 0: none share anything."""
+
+    prefix_tokens: int = 1024
+    """Tokens of such a beginning."""
+
     vocab: int = 512
     seed: int = 0
 
@@ -123,6 +131,10 @@ class Stream:
                 raise ValueError(f"Workload key {name}_min must be between 1 and {name}_max ({longest}).")
             if self.lengths == "lognormal" and not least <= mean <= longest:
                 raise ValueError(f"Workload key {name}_mean must be between {least} and {name}_max ({longest}).")
+        if not 0 <= self.prefixes <= 1_000_000:
+            raise ValueError("Workload key prefixes must be from 0 up to 1000000.")
+        if self.prefixes and not 1 <= self.prefix_tokens <= MAX_TOKENS - self.prompt_max:
+            raise ValueError(f"Workload key prefix_tokens must be from 1 up to {MAX_TOKENS} less prompt_max.")
 
     @property
     def arrivals(self) -> Arrivals:
@@ -151,13 +163,28 @@ class Stream:
             number = rng.choices(range(len(names)), cum_weights=shares)[0] if self.zipf else rng.randrange(len(names))
             prompt_tokens = self._length(rng, self.prompt_mean, self.prompt_min, self.prompt_max)
             output_tokens = self._length(rng, self.output_mean, self.output_min, self.output_max)
-            yield TraceRequest(
+            request = TraceRequest(
                 arrival_s=arrival_s,
                 tenant=names[number],
                 prompt_tokens=prompt_tokens,
                 output_tokens=output_tokens,
                 prompt_token_ids=tuple(draw_token_ids(rng, prompt_tokens, self.vocab)),
             )
+            yield self._begun(request, rng.randrange(self.prefixes)) if self.prefixes else request
+
+    def _begun(self, request: TraceRequest, number: int) -> TraceRequest:
+        """The request with a beginning of its tenant's before its prompt."""
+        name = f"{self.seed}/{request.tenant}/{number}"
+        blocks = range(-(-self.prefix_tokens // PREFIX_BLOCK_TOKENS))
+        hashes = (blake2b(f"{name}/{block}".encode(), digest_size=6).digest() for block in blocks)
+        own = draw_token_ids(random.Random(name), self.prefix_tokens, self.vocab)
+        return replace(
+            request,
+            prompt_tokens=self.prefix_tokens + request.prompt_tokens,
+            prefix_hashes=tuple(int.from_bytes(each) for each in hashes),
+            hash_tokens=PREFIX_BLOCK_TOKENS,
+            prompt_token_ids=(*own, *request.prompt_token_ids),
+        )
 
     def _length(self, rng: random.Random, mean: float, least: int, longest: int) -> int:
         if self.lengths == "uniform":

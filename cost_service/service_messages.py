@@ -5,6 +5,7 @@ thousands and can be in no cycle: the garbage collector leaves them out. Between
 `FairnessAnswer`, as MessagePack.
 """
 
+import heapq
 import math
 from collections.abc import Mapping
 
@@ -20,6 +21,48 @@ ENGINE_INTERVAL_S = 0.1
 
 MAX_NAME = 512
 """Characters of a pool's, replica's or epoch's name."""
+
+STAMP_TENANT = "adaptivellm_tenant"
+"""Under which a request's stamp (`vllm_xargs`) names its tenant, to engines and routers."""
+
+ROUTING_STATS = "adaptivellm"
+"""Under which a replica's routing statistics hold its `ReplicaLoad`."""
+
+ROUTING_STATS_PERIOD_S = 0.5
+"""Between two questions for them: with their own age and the controller's rounds, routers know what was a second ago."""
+
+MAX_BACKLOG_TENANTS = 32
+"""Tenants that a replica names to routers: those of whom most waits."""
+
+
+class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica tells routers."""
+
+    epoch: str
+    """Names this life of the engine."""
+
+    sequence: int
+    """Rises with every one of the epoch."""
+
+    age_s: float = 0.0
+    """Seconds since the engine said so, when it was handed to Serve."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    """KV blocks of the engine."""
+
+    num_free_blocks: int
+    """Those of them that nobody holds; they may be cached."""
+
+    block_size: int
+    """Tokens of a block."""
+
+    num_waiting_tokens: int
+    """Of the prompts of those who wait."""
+
+    backlog: dict[str, int] = {}
+    """The same by tenant, of at most `MAX_BACKLOG_TENANTS`."""
 
 
 class AccountReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -209,6 +252,13 @@ class FairnessAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     interval_s: float
     """Seconds until the next exchange."""
+
+
+def heaviest(tokens: Mapping[str, int]) -> dict[str, int]:
+    """Return the tenants with the most tokens, at most `MAX_BACKLOG_TENANTS`; the lower name first where they are equal."""
+    if len(tokens) <= MAX_BACKLOG_TENANTS:
+        return dict(tokens)
+    return dict(heapq.nsmallest(MAX_BACKLOG_TENANTS, tokens.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _are_counts(values: tuple[int, ...]) -> bool:

@@ -117,7 +117,9 @@ class FairCounters:
         self.tenants.check()
         assert not self._soles.keys() & self._users.keys(), "a tenant has one user alone, and several"
         strangers = (self._soles.keys() | self._users.keys()) - set(self.tenants)
-        assert not strangers, f"users of {strangers}, who are no tenants"  # a tenant of whom replicas only know has none
+        assert not strangers, (
+            f"users of {strangers}, who are no tenants"
+        )  # a tenant of whom replicas only know has none
         for tenant, users in self._users.items():
             users.check()
             assert len(users) <= self.max_users + 1, f"{tenant!r} has {len(users)} accounts of users"

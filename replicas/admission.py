@@ -128,7 +128,8 @@ class RequestAdmission:
         num_predicted = num_output_tokens if self.settings.predicts_output else 0
         held = self.settings.unit.service(prompt) + self._output_service(num_predicted)
         waiting = Waiting(
-            request_id=request_id, account=account, arrival_s=arrival_s, service_s=service_s, held=held
+            request_id=request_id, account=account, arrival_s=arrival_s, service_s=service_s, held=held,
+            num_tokens=num_prompt_tokens,
         )  # fmt: skip
         self._requests[request_id] = _Request(waiting, num_predicted)
         (self.waiting if queue is None else queue).add(waiting)
@@ -260,6 +261,13 @@ class RequestAdmission:
         for share in shares:
             self.service.learn(share)
         self.service.answered(answered)
+
+    def waiting_tokens(self) -> dict[str, int]:
+        """Tokens of the prompts of those who wait, by tenant."""
+        tokens = dict(self.waiting.waiting_tokens)
+        for tenant, num in self.skipped.waiting_tokens.items():
+            tokens[tenant] = tokens.get(tenant, 0) + num
+        return tokens
 
     def take_report(self, *, everything: bool = False) -> Mapping[Account, AccountReport]:
         """Return the lines of the next report, whose number is `sequence` then."""

@@ -60,6 +60,9 @@ class Waiting:
     held: float = 0.0
     """Service that is charged in advance when it is admitted: its prompt, and its output if that is predicted."""
 
+    num_tokens: int = 0
+    """Of its prompt, which routers are told that it wants room for."""
+
     def __post_init__(self) -> None:
         for name, value in (("arrival_s", self.arrival_s), ("service_s", self.service_s), ("held", self.held)):
             if not math.isfinite(value):
@@ -103,6 +106,9 @@ class FairQueue:
         self.service = service
         self.admission = admission
         self.now_s = 0.0
+        self.waiting_tokens: dict[str, int] = {}
+        """By tenant."""
+
         self._places: dict[str, tuple[Waiting, Place]] = {}
         self._tenants: dict[str, _Tenant] = {}
         self._order = Lowest(self._tenant_key)
@@ -145,6 +151,7 @@ class FairQueue:
         arrival_s = waiting.arrival_s if self._is_fair(waiting) else 0.0
         self.service.arrives(waiting.account, waiting.request_id)
         self._insert(waiting, (arrival_s, position, waiting.request_id))
+        self._count(waiting, waiting.num_tokens)
 
     def rank(self) -> Rank | None:
         """Choose who goes first now, and return where it stands; None when nobody waits."""
@@ -182,6 +189,7 @@ class FairQueue:
         """
         waiting, _ = self._take_out(request_id)
         self.service.leaves(waiting.account)
+        self._count(waiting, -waiting.num_tokens)
         return waiting
 
     def first(self, num: int) -> list[Waiting]:
@@ -211,6 +219,17 @@ class FairQueue:
         assert len(self._order) == len(self._tenants)
         assert alive == len(self._places), f"{alive} requests stand in classes, {len(self._places)} wait"
         assert self._chosen is None or self._chosen in self._places, "the chosen one is gone"
+        tokens: dict[str, int] = {}
+        for waiting, _ in self._places.values():
+            tokens[waiting.account.tenant] = tokens.get(waiting.account.tenant, 0) + waiting.num_tokens
+        assert {name: num for name, num in tokens.items() if num} == self.waiting_tokens, "tokens are counted wrongly"
+
+    def _count(self, waiting: Waiting, num_tokens: int) -> None:
+        tenant = waiting.account.tenant
+        if num := self.waiting_tokens.get(tenant, 0) + num_tokens:
+            self.waiting_tokens[tenant] = num
+        else:
+            self.waiting_tokens.pop(tenant, None)
 
     def _is_fair(self, waiting: Waiting) -> bool:
         return self.admission is Admission.FAIR and waiting.account.tenant != ANONYMOUS

@@ -9,7 +9,7 @@ import msgspec
 
 from cost_service.charges import Account
 from cost_service.samples import Sample
-from cost_service.service_messages import AccountReport, Share
+from cost_service.service_messages import AccountReport, ReplicaLoad, Share
 from replicas.config import PreemptionPolicy
 from replicas.fair_queue import Admission
 from replicas.turnaround import Ended
@@ -135,8 +135,25 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forb
     costs_version: int
     """Version of the cost snapshot in force."""
 
+    block_size: int
+    """Tokens of a KV block."""
+
+    num_waiting_tokens: int
+    """Of the prompts of those who wait."""
+
+    backlog: dict[str, int]
+    """The same by tenant, of those of whom most waits (`cost_service.service_messages.heaviest`)."""
+
     dropped_messages: int
     """Totals that found no room on the channel; the next ones carry their content."""
+
+    def load(self, age_s: float) -> ReplicaLoad:
+        """What routers are told of them, `age_s` after the engine said so."""
+        return ReplicaLoad(
+            epoch=self.epoch, sequence=self.sequence, age_s=age_s, num_running=self.num_running,
+            num_waiting=self.num_waiting, num_blocks=self.num_kv_blocks, num_free_blocks=self.num_free_kv_blocks,
+            block_size=self.block_size, num_waiting_tokens=self.num_waiting_tokens, backlog=self.backlog,
+        )  # fmt: skip
 
 
 ToEngine = SetPolicy | SetCosts | SetShares

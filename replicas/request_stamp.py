@@ -20,8 +20,9 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from cost_service.charges import MAX_WEIGHT, MIN_WEIGHT
+from cost_service.service_messages import STAMP_TENANT
 
-TENANT, USER, OUTPUT_TOKENS = "adaptivellm_tenant", "adaptivellm_user", "adaptivellm_output_tokens"
+TENANT, USER, OUTPUT_TOKENS = STAMP_TENANT, "adaptivellm_user", "adaptivellm_output_tokens"
 WEIGHT, AGE_S = "adaptivellm_weight", "adaptivellm_age_s"
 MAX_OUTPUT_TOKENS = 1 << 31
 MAX_AGE_S = 86_400.0

@@ -17,6 +17,8 @@ from ray import serve
 from ray.serve.llm import LLMServer
 from ray.util.metrics import Counter, Gauge
 
+from cost_service.serve_metrics import degraded_gauge
+from cost_service.service_messages import ROUTING_STATS, ReplicaLoad
 from replicas.channel import CHANNEL_VARIABLE, ServerEnd
 from replicas.config import parse_admission, parse_policy
 from replicas.messages import CostSamples, EngineTotals, ServiceReport, SetPolicy
@@ -24,7 +26,6 @@ from replicas.parent_watch import PARENT_VARIABLE
 from replicas.serve_costs import CostExchange
 from replicas.serve_engine import AdaptiveVLLMEngine
 from replicas.serve_fairness import FairnessExchange
-from replicas.serve_metrics import degraded_gauge
 from replicas.turnaround import TurnaroundMeans
 
 logger = logging.getLogger("ray.serve")
@@ -48,6 +49,7 @@ class AdaptiveLLMServer(LLMServer):
         self._totals_at_s = 0.0
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
+        self._load: ReplicaLoad | None = None
         self._metrics = _Metrics()
         self._channel = ServerEnd()
         os.environ[CHANNEL_VARIABLE] = self._channel.address
@@ -95,10 +97,16 @@ class AdaptiveLLMServer(LLMServer):
         await super().check_health()
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """For request routers: the engine's last report beside Ray's own entries."""
+        """For request routers: what the engine last said beside Ray's own entries.
+
+        The same until the engine says something new: what has changed is sent to every router.
+        """
         stats: dict[str, Any] = dict(await super().record_routing_stats())
-        if self._totals is not None:
-            stats["adaptivellm"] = msgspec.to_builtins(self._totals)
+        totals = self._totals
+        if totals is not None:
+            if self._load is None or (self._load.epoch, self._load.sequence) != (totals.epoch, totals.sequence):
+                self._load = totals.load(time.monotonic() - self._totals_at_s)
+            stats[ROUTING_STATS] = msgspec.to_builtins(self._load)
         return stats
 
     async def _read_channel(self) -> None:

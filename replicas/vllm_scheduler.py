@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_service.charges import ServiceKind, ServiceUnit
-from cost_service.service_messages import ENGINE_INTERVAL_S
+from cost_service.service_messages import ENGINE_INTERVAL_S, heaviest
 from replicas.admission import AdmissionSettings, RequestAdmission
 from replicas.channel import EngineEnd
 from replicas.config import PreemptionPolicy, SwapConfig, parse_policy
@@ -323,6 +323,7 @@ class _AdaptiveMixin(Scheduler):
         pool = self._swap.planning.pool if self._swap else None
         block_pool, preemptor = self.kv_cache_manager.block_pool, self.preemptor
         admission = self.admission.core if self.admission is not None else None
+        waiting_tokens = self._waiting_tokens()
         return EngineTotals(
             epoch=self._epoch,
             sequence=self._sequence,
@@ -355,8 +356,17 @@ class _AdaptiveMixin(Scheduler):
             swapped_out_blocks=self.num_swapped_out_blocks,
             swapped_in_blocks=self.num_swapped_in_blocks,
             costs_version=preemptor.costs.version,
+            block_size=self.block_size,
+            num_waiting_tokens=sum(waiting_tokens.values()),
+            backlog=heaviest(waiting_tokens),
             dropped_messages=self._channel.num_dropped if self._channel else 0,
         )
+
+    def _waiting_tokens(self) -> dict[str, int]:
+        """Tokens of those who wait, by tenant."""
+        if self.admission is not None:
+            return self.admission.core.waiting_tokens()
+        return {"": sum(request.num_tokens for queue in (self.waiting, self.skipped_waiting) for request in queue)}
 
 
 def _prefills(scheduled: SchedulerOutput) -> list[Prefill]:

@@ -55,6 +55,18 @@ def test_where_memory_is_ample_the_policies_are_the_same(trace: str, tmp_path: P
     assert arms["stock"] == arms["adaptive"]
 
 
+def test_routers_are_compared_and_placement_finds_more_in_prefix_caches(tmp_path: Path) -> None:
+    source = "synthetic:requests=300,rate=20,tenants=3,prefixes=20,prefix_tokens=2048"
+    arguments = ["simulate", "--trace", source, "--replicas", "3", "--policy", "stock"]
+    arguments += ["--router", "least-loaded,round-robin,placement", "--json", str(tmp_path / "a")]
+    assert main(arguments) == 0
+    arms = json.loads((tmp_path / "a").read_text())["arms"]
+    assert list(arms) == ["least-loaded/stock", "round-robin/stock", "placement/stock"]
+    assert {arm["unfinished"] for arm in arms.values()} == {0}
+    shares = {name: arm["cached_share"] for name, arm in arms.items()}
+    assert 0 < max(shares["least-loaded/stock"], shares["round-robin/stock"]) < shares["placement/stock"] - 0.05 < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,6 +74,7 @@ def test_where_memory_is_ample_the_policies_are_the_same(trace: str, tmp_path: P
         (["--policy", "stock,best"], "policy must be stock or one of"),
         (["--policy", "stock,stock"], "names one twice"),
         (["--admission", "fair-ish"], "admission must be one of"),
+        (["--router", "placement,best"], "'best' is none of them"),
         (["--pool-blocks", "40"], "--bad-requests drop"),
         (["--pool-blocks", "1"], "num_blocks must be at least 2"),
         (["--host-gib", "-1"], "--host-gib must not be negative"),

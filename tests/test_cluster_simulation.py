@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.records import RequestRecord
-from cluster.routing import LeastLoaded, RoundRobin
+from cluster.routing import LeastLoaded, Placed, RoundRobin
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_step import SimulatedSettings
@@ -165,7 +165,7 @@ REQUESTS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(
     requests=REQUESTS, policy=st.sampled_from(["stock", "recompute", "swap", "adaptive"]), linked=st.booleans(),
-    caching=st.booleans(), router=st.sampled_from([RoundRobin, LeastLoaded]), resubmit=st.booleans(),
+    caching=st.booleans(), router=st.sampled_from([RoundRobin, LeastLoaded, Placed]), resubmit=st.booleans(),
     seed=st.integers(0, 100), crashes=st.booleans(), num_blocks=st.integers(32, 60),
 )  # fmt: skip
 def test_nothing_is_lost_whatever_happens(
@@ -179,9 +179,12 @@ def test_nothing_is_lost_whatever_happens(
     )  # fmt: skip
     requests.sort(key=lambda one: one.arrival_s)
     build = cluster_of(policy, linked=linked, enable_prefix_caching=caching, num_blocks=num_blocks)
+    router = router()
     records, simulation = run(
-        build, requests, num_replicas=2, router=router(), disturbances=disturbances, reader=reader, check=True
+        build, requests, num_replicas=2, router=router, disturbances=disturbances, reader=reader, check=True
     )
+    if isinstance(router, Placed):
+        router.placement.check()
     counts = simulation.counts
     assert counts.arrived == len(requests) == len(records) == counts.finished + counts.left + counts.lost
     assert len({record.request_id for record in records}) == len(records)

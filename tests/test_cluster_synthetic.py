@@ -295,3 +295,22 @@ def test_a_bad_text_is_refused_in_a_sentence_that_names_the_key(text: str, messa
 def test_a_source_without_end_is_refused() -> None:
     with pytest.raises(ValueError, match="needs the workload key requests or duration"):
         Synthetic(streams=(Stream(),))
+
+
+def test_prompts_of_a_tenant_begin_with_one_of_its_prefixes() -> None:
+    source = "synthetic:requests=60,tenants=2,prefixes=3,prefix_tokens=100"
+    requests = list(Synthetic.parse(source).requests())
+    assert requests == list(Synthetic.parse(source).requests())
+    begun = {(each.tenant, each.prefix_hashes, each.prompt_token_ids[:100]) for each in requests}
+    assert len(begun) == 2 * 3, "three for each tenant, and none of them another's"
+    assert {len(hashes) for _, hashes, _ in begun} == {2}
+    assert len({hashes for _, hashes, _ in begun}) == 6
+    for each in requests:
+        assert each.prompt_tokens == len(each.prompt_token_ids) > 100
+        assert each.hash_tokens == 64
+
+
+@pytest.mark.parametrize("keys", ["prefixes=-1", "prefixes=9999999", "prefixes=1,prefix_tokens=0"])
+def test_prefixes_out_of_range_are_refused(keys: str) -> None:
+    with pytest.raises(ValueError, match="prefix"):
+        Synthetic.parse(f"synthetic:{keys}")

@@ -134,3 +134,50 @@ def test_the_head_node_alone_has_the_resource_that_keeps_the_fairness_actor_ther
     from global_scheduler.fairness_actor import HEAD
 
     assert set(HEAD) == {HEAD_NODE_RESOURCE_NAME}
+
+
+def test_a_router_of_ours_is_asked_and_told_as_serve_router_expects() -> None:
+    from ray.serve.request_router import PendingRequest, RequestRouter
+
+    where = "global_scheduler/serve_router.py"
+    assert inspect.iscoroutinefunction(RequestRouter.choose_replicas), where
+    assert parameters(RequestRouter.choose_replicas) == ["candidate_replicas", "pending_request"], where
+    assert parameters(RequestRouter.update_replicas) == ["replicas"], where
+    assert parameters(RequestRouter.on_replica_actor_died) == ["replica_id"], where
+    assert parameters(RequestRouter.on_request_completed) == ["replica_id", "internal_request_id"], where
+    assert parameters(RequestRouter.initialize_state) == ["kwargs"], where
+    assert {"args", "metadata", "future", "routing_context"} <= set(PendingRequest.__dataclass_fields__), where
+    assert "internal_request_id" in PendingRequest.__dataclass_fields__["metadata"].type.__dataclass_fields__, where
+    assert "should_backoff" in PendingRequest.__dataclass_fields__["routing_context"].type.__dataclass_fields__, where
+
+
+def test_a_router_may_name_one_replica_first_and_the_others_behind() -> None:
+    from ray.serve.request_router import RequestRouter
+
+    where = "global_scheduler/serve_router.py"
+    source = inspect.getsource(RequestRouter._choose_replicas_with_backoff)
+    assert "for replicas in chosen_replicas:" in source, where
+    assert "routing_context.should_backoff" in source, where
+    assert "pending_request.future.set_result(replica)" in inspect.getsource(
+        RequestRouter._fulfill_next_pending_request
+    ), where
+
+
+def test_routers_see_the_statistics_of_replicas_and_ray_asks_for_them_as_often_as_we_say() -> None:
+    from ray.serve.config import RequestRouterConfig
+    from ray.serve.request_router import ReplicaID, RunningReplica
+
+    assert isinstance(RunningReplica.routing_stats, property), "global_scheduler/serve_router.py"
+    assert isinstance(RunningReplica.replica_id, property), "global_scheduler/serve_router.py"
+    assert "unique_id" in ReplicaID.__dataclass_fields__, "global_scheduler/serve_router.py"
+    for name in ("request_router_class", "request_routing_stats_period_s", "request_routing_stats_timeout_s"):
+        assert name in RequestRouterConfig.model_fields, f"cluster/app.py: {name}"
+
+
+def test_an_ingress_calls_a_replica_with_the_body_first() -> None:
+    from ray.serve.llm.ingress import OpenAiIngress
+
+    source = "".join(inspect.getsource(OpenAiIngress._get_response).split())
+    assert "getattr(model_handle,call_method).remote(body,raw_request_info)" in source, (
+        "global_scheduler/serve_router.py"
+    )

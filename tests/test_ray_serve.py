@@ -86,6 +86,13 @@ def status(running: Running) -> list[dict[str, Any]]:
     return replicas
 
 
+def at_once(running: Running, num: int, path: str = CHAT, **body: Any) -> list[httpx.Response]:
+    """Answers to so many requests that come at once: both replicas get some of eight."""
+    asked = {"model": MODEL, "max_tokens": 4} | ({"messages": HELLO} if path == CHAT else {}) | body
+    with concurrent.futures.ThreadPoolExecutor(num) as pool:
+        return list(pool.map(lambda _: running.post(path, asked), range(num)))
+
+
 def assert_openai_error(answer: httpx.Response, status_code: int, param: str | None) -> None:
     assert answer.status_code == status_code, answer.text
     error = answer.json()["error"]
@@ -235,8 +242,7 @@ def test_seeds_with_long_prompts_at_once_do_not_end_an_engine(running: Running) 
 
 
 def test_after_all_that_both_engines_still_answer(running: Running) -> None:
-    for _ in range(6):
-        assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 4}).status_code == 200
+    assert {answer.status_code for answer in at_once(running, 8)} == {200}
 
 
 def test_status_shows_both_replicas(running: Running) -> None:
@@ -258,9 +264,37 @@ def test_a_running_application_follows_another_policy(running: Running) -> None:
         answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
         names = ", ".join(name for name in arguments if name != "--admission")
         assert answer.stdout.count(f": {names}\n") == 2
-        for _ in range(8):  # a step of each engine
-            assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 2}).status_code == 200
+        assert {answer.status_code for answer in at_once(running, 8)} == {200}  # a step of each engine
         assert {(replica["preemption"], replica["admission"]) for replica in status(running)} == {policies}
+
+
+def given(running: Running, send: Callable[[], list[httpx.Response]]) -> list[int]:
+    """Output tokens of each replica that it had for some requests, the most first."""
+    before = {each["replica"]: each.get("output_tokens", 0) for each in status(running)}
+    assert {answer.status_code for answer in send()} == {200}
+    time.sleep(0.5)  # totals come every tenth of a second, and when an engine falls idle
+    after = {each["replica"]: each.get("output_tokens", 0) for each in status(running)}
+    return sorted((num - before[name] for name, num in after.items()), reverse=True)
+
+
+def test_a_tenants_requests_at_once_are_spread_over_the_replicas(running: Running) -> None:
+    body = {"prompt": "One, two, three,", "max_tokens": 32, "ignore_eos": True}
+    most, least = given(running, lambda: at_once(running, 8, COMPLETIONS, **body))
+    assert most + least == 8 * 32
+    assert most <= 5 * 32, "one more than half, where statistics come amidst them and tell of some twice"
+
+
+def test_requests_with_the_same_beginning_stay_on_one_replica(running: Running) -> None:
+    first, second = (f"{time.monotonic_ns()} {number} " + "All of this is the same. " * 60 for number in range(2))
+
+    def ask(prompt: str, num_tokens: int) -> httpx.Response:
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
+        return running.post(COMPLETIONS, body)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one each
+        assert [each.status_code for each in pool.map(ask, (first, second), (16, 16))] == [200, 200]
+    rounds = [(first, 8), (second, 5)] * 4
+    assert given(running, lambda: [ask(*each) for each in rounds]) == [4 * 8, 4 * 5]
 
 
 def costs(*arguments: str) -> dict[str, Any]:
@@ -296,7 +330,7 @@ def test_what_the_replicas_measure_becomes_the_costs_that_all_of_them_use(runnin
     deadline_s = time.monotonic() + 30
     while any(replica.get("costs_version", 0) < 1 for replica in status(running)):
         assert time.monotonic() < deadline_s, "a replica goes on with the costs that it started with"
-        assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 2}).status_code == 200
+        assert {answer.status_code for answer in at_once(running, 8)} == {200}
 
 
 def lengths_when(condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -564,7 +598,7 @@ def test_tenants_share_no_prefix_cache(running: Running, acme: Running, metrics_
     num_tokens = send(acme)
     before = settled(num_queries + num_tokens)
     num_queries = total("queries")
-    for _ in range(4):  # to two replicas: three or more find the prompt
+    for _ in range(4):  # where it was computed: all of them find the prompt
         send(acme)
     own = settled(num_queries + 4 * num_tokens)
     assert own - before > 2 * num_tokens, "a tenant finds its own"

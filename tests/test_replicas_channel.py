@@ -39,17 +39,15 @@ SWAP, RECOMPUTE = SetPolicy(preemption="swap"), SetPolicy(preemption="recompute"
 
 def totals(sequence: int) -> EngineTotals:
     counters = dict.fromkeys(EngineTotals.__struct_fields__, 0)
-    return EngineTotals(
-        **counters
-        | {
-            "epoch": "e",
-            "preemption": "swap",
-            "admission": "fair",
-            "service_kind": "tokens",
-            "guarded": False,
-            "sequence": sequence,
-        }
-    )
+    words = {
+        "epoch": "e",
+        "preemption": "swap",
+        "admission": "fair",
+        "service_kind": "tokens",
+        "guarded": False,
+        "backlog": {},
+    }
+    return EngineTotals(**counters | words | {"sequence": sequence})
 
 
 @pytest.fixture

@@ -53,6 +53,20 @@ def test_who_is_admitted_is_charged_in_advance_so_that_tenants_alternate_within_
     assert drain(queue) == ["f0", "g0", "f1", "g1", "f2", "g2"]
 
 
+def test_tokens_of_those_who_wait_are_counted_by_tenant() -> None:
+    queue = queue_of()
+    for number, tenant in enumerate("ffg"):
+        queue.add(waiting(queue, f"{tenant}{number}", tenant, num_tokens=10 + number))
+    assert queue.waiting_tokens == {"f": 21, "g": 12}
+    first = queue.pop()
+    queue.remove("f1")
+    queue.first(1)
+    assert queue.waiting_tokens == {"g": 12}
+    queue.add(first, front=True)
+    assert queue.waiting_tokens == {"f": 10, "g": 12}
+    queue.check()
+
+
 def test_within_a_tenant_the_least_served_user_goes_first() -> None:
     queue = queue_of()
     queue.add(waiting(queue, "u1", user="u"))
@@ -245,7 +259,14 @@ class QueueMachine(RuleBasedStateMachine):
     def arrive(self, tenant: str, user: str, service_s: float, held: float) -> None:
         self.names += 1
         each = waiting(
-            self.queue, f"{self.names:04}", tenant, user, arrival_s=self.queue.now_s, service_s=service_s, held=held
+            self.queue,
+            f"{self.names:04}",
+            tenant,
+            user,
+            arrival_s=self.queue.now_s,
+            service_s=service_s,
+            held=held,
+            num_tokens=round(held),
         )
         self.queue.add(each)
         self.here[each.request_id] = each

@@ -31,12 +31,17 @@ from replicas.messages import (
 
 COUNT = st.integers(0, 2**63 - 1)
 SECONDS = st.floats(allow_nan=False, allow_infinity=False)
+BACKLOG = dict[str, int]
+VALUES = {
+    str: st.text(max_size=40),
+    float: SECONDS,
+    bool: st.booleans(),
+    int: COUNT,
+    BACKLOG: st.dictionaries(st.text(max_size=6), COUNT, max_size=4),
+}
 TOTALS = st.builds(
     EngineTotals,
-    **{
-        name: {str: st.text(max_size=40), float: SECONDS, bool: st.booleans(), int: COUNT}[kind]
-        for name, kind in get_type_hints(EngineTotals).items()
-    },
+    **{name: VALUES[kind] for name, kind in get_type_hints(EngineTotals).items()},
 )
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -44,13 +49,21 @@ JSON_VALUES = st.recursive(
     max_leaves=10,
 )
 TOTALS_FIELDS: dict[str, Any] = {
-    name: {str: "x", float: 1.5, bool: True, int: 1}[kind] for name, kind in get_type_hints(EngineTotals).items()
+    name: {str: "x", float: 1.5, bool: True, int: 1, BACKLOG: {"a": 3}}[kind]
+    for name, kind in get_type_hints(EngineTotals).items()
 }
 
 
 @given(TOTALS)
 def test_totals_come_back_as_they_were_sent(totals: EngineTotals) -> None:
     assert decode_to_server(encode(totals)) == totals
+
+
+def test_routers_are_told_of_room_and_of_who_waits() -> None:
+    fields = TOTALS_FIELDS | {"num_kv_blocks": 100, "num_free_kv_blocks": 7, "num_waiting_tokens": 3, "sequence": 5}
+    load = EngineTotals(**fields).load(0.25)
+    assert (load.num_blocks, load.num_free_blocks, load.block_size, load.num_waiting_tokens) == (100, 7, 1, 3)
+    assert (load.backlog, load.sequence, load.age_s) == ({"a": 3}, 5, 0.25)
 
 
 @pytest.mark.parametrize("policy", PreemptionPolicy)

@@ -60,7 +60,9 @@ class Engine:
         self.num_totals += 1
         numbers = dict.fromkeys(EngineTotals.__struct_fields__, 1)
         names = {"epoch": self.epoch, "preemption": "adaptive", "admission": "fair", "service_kind": "tokens"}
-        self.end.send(EngineTotals(**numbers | names | {"guarded": False, "service": self.accounts.total}))
+        self.end.send(
+            EngineTotals(**numbers | names | {"guarded": False, "service": self.accounts.total, "backlog": {}})
+        )
         self.sequence += 1
         everything, self.tells_everything = self.tells_everything, False
         accounts = self.accounts.take_report(self.sequence, everything=everything)

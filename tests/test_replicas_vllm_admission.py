@@ -4,6 +4,7 @@ Method: vLLM's own scheduler with ours on top, a runner that stamps tokens (`tes
 """
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cost_service.charges import SYSTEM, Account, Served, ServiceUnit
 from cost_service.service_messages import Known, Share
 from replicas.fair_queue import Admission
 from replicas.messages import SetShares
+from replicas.vllm_memory import tenant_of
 from tests.admission_engine import AdmissionEngine
 from tests.engine_runs import BLOCK_SIZE
 from tests.test_engine_policies import COSTS
@@ -248,11 +250,31 @@ def test_reports_are_repeated_until_they_are_answered(tiny_model: Path) -> None:
     assert everything.known == {"f": 40 + 2 * 5}
 
 
+def test_routers_are_told_the_tokens_of_those_who_wait_by_tenant(tiny_model: Path) -> None:
+    one = engine(tiny_model)
+    for number in range(60):
+        one.add(f"f{number}", "f")
+    for number in range(3):
+        one.add(f"g{number}", "g")
+    while one.scheduler.has_unfinished_requests():
+        waiting = [*one.scheduler.waiting, *one.scheduler.skipped_waiting]
+        backlog = Counter[str]()
+        for request in waiting:
+            backlog[tenant_of(request)] += request.num_prompt_tokens
+        totals = one.scheduler.totals()
+        assert totals.backlog == backlog
+        assert totals.num_waiting_tokens == backlog.total()
+        one.step()
+    assert one.scheduler.totals().backlog == {}
+
+
 def test_requests_with_priorities_keep_vllms_queues(tiny_model: Path) -> None:
     one = engine(tiny_model, scheduling_policy="priority")
     assert one.scheduler.admission is None
     for number in range(20):
         one.add(str(number), "f")
+    waiting_tokens = sum(request.num_prompt_tokens for request in one.scheduler.waiting)
+    assert one.scheduler.totals().num_waiting_tokens == waiting_tokens > 0
     one.finish()
     one.check_tokens()
 
