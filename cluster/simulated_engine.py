@@ -182,12 +182,12 @@ class SimulatedEngine:
 
     def _is_quiet(self) -> bool:
         """Whether nobody will be admitted while those who run only decode: all who wait were tried in this step."""
-        if (
-            self.fair is not None
-            and len(self.running) < self.settings.max_num_seqs
-            and self.num_requests > len(self.running)
+        if self.num_requests > len(self.running) and (
+            self.settings.reserve_output
+            or self.settings.steps_between_admissions > 1
+            or (self.fair is not None and len(self.running) < self.settings.max_num_seqs)
         ):
-            return False  # the order changes with what tenants get
+            return False  # reservations shrink as tokens come, and the order changes with what tenants get
         if self.preemption is None:
             return True
         if any(request.status is not Status.LOADING for request in self.loading):
