@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench import command_line
-from cluster.bench_arm import STOCK
+from cluster.bench_arm import OFFLOAD, STOCK
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_arguments(parser, DEFAULT)
     add = parser.add_argument
     add("--replicas", type=int, default=8, help="replicas (default: 8)")
-    policies = ", ".join((STOCK, *(one.value for one in PreemptionPolicy if one is not PreemptionPolicy.RANDOM)))
+    policies = ", ".join(
+        (STOCK, OFFLOAD, *(one.value for one in PreemptionPolicy if one is not PreemptionPolicy.RANDOM))
+    )
     add("--policy", default="stock,adaptive", metavar="A,B", help=f"policies to compare, of {policies}")
     add("--admission", default=FIRST_COME, metavar="A,B", help=f"waiting queues, of {', '.join(ADMISSIONS)}")
     add(
@@ -127,8 +129,9 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     policies, admissions = _names(options.policy), _names(options.admission)
     what = timed(options)
     kinds = {policy: kind_of(options, what, policy=policy) for policy in policies}
-    for admission in admissions:
-        replace(kinds[policies[0]], admission=admission)  # refuses an unknown one before anything has run
+    for kind in kinds.values():
+        for admission in admissions:
+            replace(kind, admission=admission)  # refuses what cannot be before anything has run
     first, dropped = kinds[policies[0]], Counter[str]()
     workload = workload_of(options, DEFAULT)
     requests = list(workload.requests(dropped, context_tokens=_room(first, options)))

@@ -38,6 +38,9 @@ class SimulatedAdmission:
                 engine.loaded.remove(request.request_id)
                 request.num_full_blocks = request.num_computed // engine.settings.block_size
                 engine.blocks.cache(request.holding, request.num_full_blocks)
+                request.num_computed = min(
+                    request.num_computed, request.num_tokens - 1
+                )  # the last one is computed anew
                 request.status = Status.PREEMPTED
             if engine.settings.reserve_output and not self._fits_to_the_end(request):
                 break

@@ -7,6 +7,7 @@ turned into what they are asked with.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_request import SimulatedRequest, Status
 from cost_service.snapshot import CostSnapshot
 from replicas.admission import RequestAdmission, service_alone_s
@@ -139,13 +140,13 @@ class FairWaiting:
     def costs(self) -> CostSnapshot:
         """What services are predicted by."""
         preemption = self.engine.preemption
-        return self._costs if preemption is None else preemption.preemptor.costs
+        return preemption.preemptor.costs if isinstance(preemption, SimulatedPreemption) else self._costs
 
     @property
     def step_s(self) -> float:
         """Seconds of a step as of late."""
         preemption = self.engine.preemption
-        return 0.0 if preemption is None else preemption.preemptor.step_s
+        return preemption.preemptor.step_s if isinstance(preemption, SimulatedPreemption) else 0.0
 
     def _token_us(self) -> float:
         return self.step_s * 1e6 / max(1, len(self.engine.running))
