@@ -34,6 +34,8 @@ from cluster.bench_runs import Plan, Say, measure_alone, run_arms
 from cluster.bootstrap import has_nvidia_gpu
 from cluster.prompts import RequestSpec
 from cluster.records import RunResult
+from cluster.report import plot
+from cluster.report_pictures import check_plot
 from cluster.workload import Workload, add_workload_arguments, workload_of
 from cluster.workload_summary import describe
 from replicas.config import PreemptionPolicy
@@ -79,7 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-exact", action="store_true", help="compare all tokens with stock's in ample memory (float32, greedy)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all results to FILE; `report` makes a page of it"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw distributions to FILE (.svg, .png or .pdf)")
     add_workload_arguments(parser, default=str(PRESSURE["trace"]))
 
 
@@ -116,12 +121,11 @@ def run_command(
         if options.describe:
             print(described(options))
             return 0
+        check_plot(getattr(options, "plot", None))
         with tempfile.TemporaryDirectory(prefix="adaptivellm-") as scratch, _terminated_like_interrupted():
             report = work(Path(scratch), say)
         print(render(report))
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
-            cast(Path, parts_file(options.json)).unlink(missing_ok=True)
+        _write(options, report)
     except OSError as error:
         print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
         return 2
@@ -138,6 +142,15 @@ def run_command(
         print("Error: tokens differ from those of stock with ample memory.", file=sys.stderr)
         return 1
     return 0
+
+
+def _write(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Write the files that were asked for; not every benchmark has a picture."""
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        cast(Path, parts_file(options.json)).unlink(missing_ok=True)
+    if plotted := getattr(options, "plot", None):
+        plot(report, plotted)
 
 
 @contextmanager

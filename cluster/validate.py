@@ -186,6 +186,8 @@ def of_bench(path: Path, calibration: Path) -> dict[str, Any]:
     from cluster.report import read_result, records_of
 
     result = read_result(path)
+    if result.get("benchmark") == "simulation":
+        raise ValueError(f"{path} must be a result of bench, and is one of simulate.")
     alone = Calibration(
         **{key: result["calibration"][key] for key in ("ttft_s", "ttft_s_per_prompt_token", "s_per_output_token")}
     )
