@@ -36,8 +36,8 @@ class FairWaiting:
         self._requests: dict[str, SimulatedRequest] = {}
         self._arrived: dict[SimulatedRequest, float] = {}
         """Since the last step began, with their times."""
-        for tenant, weight in (weights or {}).items():
-            core.service.set_weight(tenant, weight)
+        self._weights = weights or {}
+        """All replicas share them: each tells its own of those alone who come."""
 
     @property
     def engine(self) -> "SimulatedEngine":
@@ -65,7 +65,7 @@ class FairWaiting:
             self._requests[request.request_id] = request
             self.core.add(
                 request.request_id, tenant=request.tenant, user=user_in(request.stamp), arrival_s=arrival_s,
-                weight=weight_in(request.stamp) if TENANT in request.stamp else None,
+                weight=weight_in(request.stamp) if TENANT in request.stamp else self._weights.get(request.tenant),
                 num_prompt_tokens=request.num_tokens,
                 service_s=service_alone_s(request.num_tokens, num_output, costs=self.costs, step_s=self.step_s),
             )  # fmt: skip
