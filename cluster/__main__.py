@@ -22,7 +22,10 @@ COMMANDS = {
         "fairness across several real engines, with and without the cluster's counters",
     ),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
-    "bench-simulation": ("cluster.bench_simulation", "how many requests a second the simulator serves"),
+    "bench-simulation": (
+        "cluster.bench_simulation",
+        "how many requests a second the simulator serves, and in how much memory",
+    ),
     "bench-decision": (
         "cluster.bench_decision",
         "what one decision of an engine or router costs, in microseconds",

@@ -93,7 +93,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-exact", action="store_true", help="compare all tokens with stock's in ample memory (float32, greedy)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all results to FILE; `report` makes a page of it"
+    )
     add_workload_arguments(parser, default=str(PRESSURE["trace"]))
 
 

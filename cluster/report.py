@@ -5,7 +5,6 @@ Tables are written here, pictures are matplotlib's as SVG inside the page; nothi
 
 import argparse
 import html
-import io
 import json
 import statistics
 import sys
@@ -15,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench_figures import RATIO_FIGURES, Calibration
+from cluster.distributions import distributions
 from cluster.records import RequestRecord
+from cluster.report_pictures import of_all, of_tenants, svg
 from cluster.service_curve import service_gaps
 
 FIGURES = (*RATIO_FIGURES, "preemptions", "swaps", "recomputes", "jain_index", "max_service_gap", "unfinished")
-TITLES = {"simulation": "Simulated policies", "served": "Policies compared over HTTP"}
+TITLES = {
+    "simulation": "Simulated policies", "served": "Policies compared over HTTP",
+    "replicas": "Replicas as one cluster",
+}  # fmt: skip
 MOST_TENANTS = 12
 """Of a picture or table: those with the most requests."""
 
@@ -59,9 +63,10 @@ def read_result(path: Path) -> dict[str, Any]:
         OSError: It cannot be read.
     """
     try:
-        report = json.loads(path.read_text())
+        report = in_repeats(json.loads(path.read_text()))
         runs = [repeat for arm in report["arms"].values() for repeat in arm["repeats"]]
-        complete = bool(runs) and all("records" in run for run in runs) and "calibration" in report
+        complete = bool(runs) and all("records" in run or "distributions" in run for run in runs)
+        complete = complete and "calibration" in report
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         complete = False
     if not complete:
@@ -70,20 +75,25 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def in_repeats(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report in the form of `bench`'s: the arms of `simulate` have one run each."""
+    if report.get("benchmark") != "simulation":
+        return dict(report)
+    return {**report, "arms": {name: {"repeats": [arm]} for name, arm in report["arms"].items()}}
+
+
 def page(report: Mapping[str, Any]) -> str:
     """The page of a result."""
-    records = {name: [records_of(run) for run in arm["repeats"]] for name, arm in report["arms"].items()}
-    calibration = Calibration(
-        **{name: report["calibration"][name] for name in ("ttft_s", "ttft_s_per_prompt_token", "s_per_output_token")}
-    )
+    spreads, tenants = spreads_of(report), tenants_of(report)
     title = TITLES.get(report["benchmark"], "Policies compared with real engines")
     parts = [
         f"<h1>{title}</h1>",
         _settings(report),
         "<h2>Comparison</h2>", comparison(report),
-        "<h2>Weighted turnaround and time to first token</h2>", distributions(records, calibration),
-        "<h2>By tenant</h2>", by_tenant(report),
-        "<h2>Difference in service between tenants that wait</h2>", gaps(records, report),
+        "<h2>Weighted turnaround and time to first token</h2>", svg(of_all(spreads), width=10, height=3.6),
+        "<h2>By tenant</h2>", by_tenant(report), svg(of_tenants(spreads, tenants), width=10, height=4),
+        _note("A tenant's line goes from one request in ten to nine in ten; marks at the half and at 99 of 100."),
+        "<h2>Difference in service between tenants that wait</h2>", gaps(report),
         "<h2>Preemptions</h2>", preemptions(report),
         "<h2>How to repeat it</h2>", f"<pre>{html.escape(str(report.get('command', 'not recorded')))}</pre>",
     ]  # fmt: skip
@@ -114,37 +124,33 @@ def comparison(report: Mapping[str, Any]) -> str:
     return medians + (_table(["ratio", "median", "from", "to"], ratios) + _note(interval) if ratios else "")
 
 
-def distributions(records: Mapping[str, Sequence[Sequence[RequestRecord]]], calibration: Calibration) -> str:
-    """Shares of all requests up to a weighted turnaround, and up to a time to first token."""
+def spreads_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By arm the distributions over all repeats (`cluster.distributions`)."""
+    calibration = Calibration(
+        **{name: report["calibration"][name] for name in ("ttft_s", "ttft_s_per_prompt_token", "s_per_output_token")}
+    )
+    return {
+        name: arm["repeats"][0]["distributions"]
+        if "distributions" in arm["repeats"][0]
+        else distributions((one for run in arm["repeats"] for one in records_of(run)), calibration)
+        for name, arm in report["arms"].items()
+    }
 
-    def draw(figure: Any) -> None:
-        left, right = figure.subplots(1, 2)
-        for name, runs in records.items():
-            turnarounds = sorted(
-                (one.finish_s - one.arrival_s) / calibration.alone_s(one)
-                for run in runs for one in run if one.finish_s is not None
-            )  # fmt: skip
-            first_s = sorted(
-                one.first_token_s - one.arrival_s for run in runs for one in run if one.first_token_s is not None
-            )
-            for axes, values in ((left, turnarounds), (right, first_s)):
-                axes.step(values, [(place + 1) / len(values) for place in range(len(values))], label=name)
-        left.set(xscale="log", xlabel="weighted turnaround", ylabel="share of finished requests")
-        right.set(xscale="log", xlabel="seconds to the first token")
-        left.legend()
 
-    return _picture(draw, width=10, height=3.6)
+def tenants_of(report: Mapping[str, Any]) -> list[str]:
+    """Tenants with the most requests, at most `MOST_TENANTS`."""
+    requests: dict[str, int] = defaultdict(int)
+    for arm in report["arms"].values():
+        for run in arm["repeats"]:
+            for tenant, of in run["tenants"].items():
+                requests[tenant] += of["requests"]
+    return sorted(requests, key=lambda tenant: (-requests[tenant], tenant))[:MOST_TENANTS]
 
 
 def by_tenant(report: Mapping[str, Any]) -> str:
     """Weighted turnaround and first token of the tenants with the most requests, arm by arm."""
     arms = report["arms"]
-    requests: dict[str, int] = defaultdict(int)
-    for arm in arms.values():
-        for run in arm["repeats"]:
-            for tenant, of in run["tenants"].items():
-                requests[tenant] += of["requests"]
-    shown = sorted(requests, key=lambda tenant: (-requests[tenant], tenant))[:MOST_TENANTS]
+    shown = tenants_of(report)
     heads = ["tenant", *(f"{name}: {what}" for name in arms for what in ("mean turnaround", "99 % first token, s"))]
     rows = []
     for tenant in shown:
@@ -153,17 +159,18 @@ def by_tenant(report: Mapping[str, Any]) -> str:
             runs = [run["tenants"][tenant] for run in arm["repeats"] if tenant in run["tenants"]]
             cells += [_median([run[key] for run in runs]) for key in ("weighted_turnaround_mean", "ttft_s_p99")]
         rows.append([tenant, *cells])
-    left = len(requests) - len(shown)
+    left = len({tenant for arm in arms.values() for run in arm["repeats"] for tenant in run["tenants"]}) - len(shown)
     return _table(heads, rows) + (_note(f"{left} more tenants with fewer requests are left out.") if left else "")
 
 
-def gaps(records: Mapping[str, Sequence[Sequence[RequestRecord]]], report: Mapping[str, Any]) -> str:
+def gaps(report: Mapping[str, Any]) -> str:
     """The greatest difference of normalised service among tenants that wait, over the time of the first repeat."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for name, runs in records.items():
-            curve = service_gaps(runs[0])
+        for name, arm in report["arms"].items():
+            first = arm["repeats"][0]
+            curve = first["service_gaps"] if "service_gaps" in first else service_gaps(records_of(first))
             axes.step([at_s for at_s, _ in curve], [gap for _, gap in curve], where="post", label=name)
         for name, arm in report["arms"].items():
             if (bound := arm["repeats"][0].get("fairness_bound")) is not None:
@@ -171,7 +178,7 @@ def gaps(records: Mapping[str, Sequence[Sequence[RequestRecord]]], report: Mappi
         axes.set(xlabel="seconds", ylabel="weighted tokens")
         axes.legend()
 
-    return _picture(draw, width=10, height=3.2)
+    return svg(draw, width=10, height=3.2)
 
 
 def preemptions(report: Mapping[str, Any]) -> str:
@@ -193,21 +200,11 @@ def preemptions(report: Mapping[str, Any]) -> str:
 
 def _settings(report: Mapping[str, Any]) -> str:
     facts = {**report.get("settings", {}), **report.get("machine", {})}
+    facts |= {name: report[name] for name in ("requests", "num_kv_blocks", "demand_kv_blocks") if name in report}
     said = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, dict | list))
     simulated = report["benchmark"] == "simulation"
-    return (_note("All figures on this page are SIMULATED.") if simulated else "") + _note(html.escape(said))
-
-
-def _picture(draw: Any, *, width: float, height: float) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    figure, target = Figure(figsize=(width, height), layout="constrained"), io.StringIO()
-    draw(figure)
-    with rc_context({"svg.hashsalt": "report"}):  # the same result gives the same page
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    text = target.getvalue()
-    return text[text.index("<svg") :]
+    note = f"All figures on this page are SIMULATED, {report.get('simulated', 'nothing here was measured')}."
+    return (_note(html.escape(note)) if simulated else "") + _note(html.escape(said))
 
 
 def _table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:

@@ -5,7 +5,10 @@ tenant waits while it has requests without a first token. The gap at a moment is
 service since both began to wait, over all pairs that wait.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from cluster.bench_figures import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from cluster.records import RequestRecord
@@ -26,11 +29,12 @@ def service_gaps(
     own: dict[str, list[RequestRecord]] = {}
     for record in records:
         own.setdefault(record.tenant, []).append(record)
+    requests = {tenant: _Requests(of, end_s) for tenant, of in own.items()}
     curves = {
-        tenant: [_service(of, at_s, end_s) / (weights or {}).get(tenant, 1.0) for at_s in moments]
-        for tenant, of in own.items()
+        tenant: [of.service(at_s) / (weights or {}).get(tenant, 1.0) for at_s in moments]
+        for tenant, of in requests.items()
     }
-    waits = {tenant: [_waits(of, at_s) for at_s in moments] for tenant, of in own.items()}
+    waits = {tenant: [of.wait(at_s) for at_s in moments] for tenant, of in requests.items()}
     base: dict[str, float] = {}
     gaps = []
     for place, at_s in enumerate(moments):
@@ -64,9 +68,8 @@ def shares_while_all_wait(
     from_s = WARM_SHARE * until_s
     served: dict[str, float] = {}
     for tenant in sorted({one.tenant for one in everything}):
-        own = [one for one in everything if one.tenant == tenant]
-        service = _service(own, until_s, end_s) - _service(own, from_s, end_s)
-        served[tenant] = service / (weights or {}).get(tenant, 1.0)
+        own = _Requests([one for one in everything if one.tenant == tenant], end_s)
+        served[tenant] = (own.service(until_s) - own.service(from_s)) / (weights or {}).get(tenant, 1.0)
     total = sum(served.values())
     return {tenant: service / total for tenant, service in served.items()} if total else {}
 
@@ -77,22 +80,27 @@ def _level(curves: Mapping[str, Sequence[float]], base: Mapping[str, float], ten
     return curves[tenant][place] - least
 
 
-def _service(records: Sequence[RequestRecord], at_s: float, end_s: float) -> float:
-    total = 0.0
-    for one in records:
-        if one.first_token_s is None or one.first_token_s > at_s:
-            continue
-        finish_s = end_s if one.finish_s is None else one.finish_s
-        share = (
-            1.0
-            if finish_s <= one.first_token_s
-            else min(1.0, (at_s - one.first_token_s) / (finish_s - one.first_token_s))
-        )
-        total += PROMPT_WEIGHT * one.prompt_tokens + OUTPUT_WEIGHT * one.delivered_tokens * share
-    return total
+class _Requests:
+    """A tenant's requests in columns."""
 
+    def __init__(self, records: Sequence[RequestRecord], end_s: float) -> None:
+        def column(values: Iterable[float]) -> np.ndarray[Any, Any]:
+            return np.fromiter(values, float, len(records))
 
-def _waits(records: Sequence[RequestRecord], at_s: float) -> bool:
-    return any(
-        one.arrival_s <= at_s and (one.first_token_s is None or at_s < one.first_token_s) for one in records
-    )  # fmt: skip
+        self._arrival_s = column(one.arrival_s for one in records)
+        self._first_s = column(np.inf if one.first_token_s is None else one.first_token_s for one in records)
+        finish_s = column(end_s if one.finish_s is None else one.finish_s for one in records)
+        self._prompt = column(PROMPT_WEIGHT * one.prompt_tokens for one in records)
+        self._output = column(OUTPUT_WEIGHT * one.delivered_tokens for one in records)
+        self._lasts_s = np.maximum(finish_s - self._first_s, 0.0)
+
+    def service(self, at_s: float) -> float:
+        """All that they have got by then."""
+        begun = self._first_s <= at_s
+        since_s, lasts_s = at_s - self._first_s[begun], self._lasts_s[begun]
+        shares = np.divide(since_s, lasts_s, out=np.ones_like(since_s), where=lasts_s > 0.0)
+        return float((self._prompt[begun] + self._output[begun] * np.minimum(shares, 1.0)).sum())
+
+    def wait(self, at_s: float) -> bool:
+        """Whether any waits for its first token."""
+        return bool(((self._arrival_s <= at_s) & (at_s < self._first_s)).any())

@@ -15,13 +15,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.bench_arm import STOCK
+from cluster import figures_plot
+from cluster.bench_arm import OFFLOAD, STOCK
 from cluster.bench_command import command_line
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
+from cluster.distributions import distributions
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
 from cluster.routing import LeastLoaded, Placed, RoundRobin, Router
+from cluster.service_curve import service_gaps
+from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_kind import add_kind_arguments, kind_of, timed
+from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, ReplicaKind, ample
 from cluster.simulation import Disturbances, Simulation
 from cluster.workload import add_workload_arguments, workload_of
@@ -29,6 +34,7 @@ from cluster.workload_summary import describe
 from cost_service.output_length import OutputLength
 from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy
+from replicas.preemption import Action
 
 DEFAULT = "synthetic:requests=2000,rate=20"
 ROUTERS: dict[str, Callable[[], Router]] = {
@@ -47,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_arguments(parser, DEFAULT)
     add = parser.add_argument
     add("--replicas", type=int, default=8, help="replicas (default: 8)")
-    policies = ", ".join((STOCK, *(one.value for one in PreemptionPolicy if one is not PreemptionPolicy.RANDOM)))
+    policies = ", ".join(
+        (STOCK, OFFLOAD, *(one.value for one in PreemptionPolicy if one is not PreemptionPolicy.RANDOM))
+    )
     add("--policy", default="stock,adaptive", metavar="A,B", help=f"policies to compare, of {policies}")
     add("--admission", default=FIRST_COME, metavar="A,B", help=f"waiting queues, of {', '.join(ADMISSIONS)}")
     add(
@@ -69,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="assert all invariants after each event; slow")
     add("--plan", metavar="CONDITIONS", help="fewest replicas for which they hold, such as 'ttft_p99<2s,tpot_p99<50ms'")
     add("--gpu-hour-price", type=float, default=2.5, help="of one replica, for --plan (default: 2.5)")
-    add("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    add("--json", type=Path, metavar="FILE", help="write all results to FILE; `report` makes a page of it")
+    add("--plot", type=Path, metavar="FILE", help="draw the arms' figures into FILE (.png or .svg)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -79,10 +88,14 @@ def main(options: argparse.Namespace) -> int:
             dropped = Counter[str]()
             print(describe(workload_of(options, DEFAULT).requests(dropped), dropped))
             return 0
+        if options.plot:
+            figures_plot.check_target(options.plot)
         report = simulate(options)
         print(report.pop("table"))
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
+        if options.plot and "arms" in report:
+            figures_plot.draw(report, options.plot)
     except OSError as error:
         print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
         return 2
@@ -108,6 +121,8 @@ class Outcome:
     num_steps: int
     computed_tokens: int
     crashes: int
+    preemption_costs: dict[str, dict[str, float]]
+    """By action: how many were measured, and what those were predicted to take and took. Empty where none is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +147,9 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     policies, admissions, routers = _names(options.policy), _names(options.admission), _routers(options)
     what = timed(options)
     kinds = {policy: kind_of(options, what, policy=policy) for policy in policies}
-    for admission in admissions:
-        replace(kinds[policies[0]], admission=admission)  # refuses an unknown one before anything has run
+    for kind in kinds.values():
+        for admission in admissions:
+            replace(kind, admission=admission)  # refuses what cannot be before anything has run
     first, dropped = kinds[policies[0]], Counter[str]()
     workload = workload_of(options, DEFAULT)
     requests = list(workload.requests(dropped, context_tokens=_room(first, options)))
@@ -177,7 +193,24 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         for router in routers
         for name, kind in arms.items()
     }
+    report["ratio_to_stock"] = ratios(report["arms"])
     return report | {"table": table(report)}
+
+
+def ratios(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """By arm and figure the ratio to the first arm with vLLM's own preemption; empty without one. One run: no interval."""
+    base = next((name for name in arms if name.endswith(STOCK)), None)
+    if base is None:
+        return {}
+    return {
+        name: {
+            figure: {"median": arm[figure] / arms[base][figure], "low": None, "high": None}
+            for figure in RATIO_FIGURES
+            if arm[figure] and arms[base][figure]
+        }
+        for name, arm in arms.items()
+        if name != base
+    }
 
 
 def run(
@@ -208,7 +241,23 @@ def run(
         most_host_bytes=kind.block_bytes * max(engine.most_host_blocks for engine in engines),
         num_steps=sum(engine.num_steps for engine in engines),
         computed_tokens=sum(engine.num_scheduled_tokens for engine in engines), crashes=simulation.counts.crashes,
+        preemption_costs=_preemption_costs(engines),
     )  # fmt: skip
+
+
+def _preemption_costs(engines: Sequence[SimulatedEngine]) -> dict[str, dict[str, float]]:
+    """Sums over replicas since each was last started."""
+    sums: dict[str, dict[str, float]] = {}
+    for engine in engines:
+        if not isinstance(engine.preemption, SimulatedPreemption):
+            continue
+        one = engine.preemption.preemptor
+        for action in (action for action in Action if one.num_measured[action]):
+            of = sums.setdefault(action.value, {"measured": 0.0, "predicted_s": 0.0, "measured_s": 0.0})
+            of["measured"] += one.num_measured[action]
+            of["predicted_s"] += one.predicted_s[action]
+            of["measured_s"] += one.measured_s[action]
+    return sums
 
 
 def alone(kind: ReplicaKind, longest_prompt: int) -> Calibration:
@@ -234,9 +283,12 @@ def _arm(
     outcome: Outcome, calibration: Calibration, weights: Mapping[str, float], *, cached: bool = False
 ) -> dict[str, Any]:  # fmt: skip
     share = {"cached_share": cached_share(outcome)} if cached else {}
-    return share | asdict(figures(few_tenants(outcome.records), calibration, run_end_s=outcome.end_s, weights=weights)) | {
+    records = few_tenants(outcome.records)
+    return share | asdict(figures(records, calibration, run_end_s=outcome.end_s, weights=weights)) | {
         "run_end_s": outcome.end_s, "most_kv_blocks": outcome.most_blocks, "steps": outcome.num_steps,
         "computed_tokens": outcome.computed_tokens, "crashes": outcome.crashes,
+        "preemption_costs": outcome.preemption_costs, "distributions": distributions(records, calibration),
+        "service_gaps": service_gaps(records, weights),
     }  # fmt: skip
 
 
@@ -258,7 +310,6 @@ def table(report: dict[str, Any]) -> str:
     """Render a report for a terminal."""
     arms = report["arms"]
     width = max(14, *(len(name) + 2 for name in arms))
-    base = next((arm for name, arm in arms.items() if name.endswith(STOCK)), None)
     lines = [
         f"SIMULATED, {report['simulated']}.",
         f"{report['requests']} requests, {sum(report['dropped_requests'].values())} dropped; "
@@ -267,11 +318,11 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name in ("cached_share",) * any("cached_share" in arm for arm in arms.values()) + FIGURES:
         lines.append(f"{name:<28}" + "".join(_cell(arm[name], width) for arm in arms.values()))
-    if base is not None and len(arms) > 1:
-        lines += ["", "ratio to stock"]
+    if of_arms := report["ratio_to_stock"]:
+        lines += ["", f"{'ratio to stock':<28}" + "".join(f"{name:>{width}}" for name in of_arms)]
         for name in RATIO_FIGURES:
-            ratios = [arm[name] / base[name] if arm[name] and base[name] else None for arm in arms.values()]
-            lines.append(f"{name:<28}" + "".join(_cell(ratio, width) for ratio in ratios))
+            cells = (_cell(of[name]["median"] if name in of else None, width) for of in of_arms.values())
+            lines.append(f"{name:<28}" + "".join(cells))
     return "\n".join(lines)
 
 

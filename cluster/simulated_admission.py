@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster.simulated_blocks import NO_HIT
 from cluster.simulated_request import SimulatedRequest, Status
+from cluster.simulated_reservation import peak_tokens
 from cluster.simulated_step import Step
 
 if TYPE_CHECKING:
@@ -21,10 +22,14 @@ class SimulatedAdmission:
 
     def __init__(self, engine: "SimulatedEngine") -> None:
         self._engine = engine
+        self._next_step = 0
+        """Before which nobody is admitted beside others."""
 
     def admit(self, step: Step, budget: int, now_s: float) -> None:
         """Admit those whose turn it is while there is room, in every respect."""
         engine = self._engine
+        if engine.num_steps < self._next_step and engine.running:
+            return
         admitted: list[SimulatedRequest] = []
         passed: list[SimulatedRequest] = []
         while budget > 0 and (engine.loading or engine.waiting) and len(engine.running) < engine.settings.max_num_seqs:
@@ -33,7 +38,12 @@ class SimulatedAdmission:
                 engine.loaded.remove(request.request_id)
                 request.num_full_blocks = request.num_computed // engine.settings.block_size
                 engine.blocks.cache(request.holding, request.num_full_blocks)
+                request.num_computed = min(
+                    request.num_computed, request.num_tokens - 1
+                )  # the last one is computed anew
                 request.status = Status.PREEMPTED
+            if engine.settings.reserve_output and not self._fits_to_the_end(request):
+                break
             if request.status is not Status.LOADING:
                 num_new = self._allocate(step, request, budget, now_s)
                 if num_new is None:
@@ -45,6 +55,8 @@ class SimulatedAdmission:
             else:
                 admitted.append(request)
         engine.loading[:0] = passed
+        if admitted:
+            self._next_step = engine.num_steps + engine.settings.steps_between_admissions
         if engine.fair is not None:
             engine.fair.end_step(admitted, passed)
 
@@ -108,6 +120,17 @@ class SimulatedAdmission:
         if engine.preemption is not None:
             engine.preemption.load(request, loaded, now_s)
         return num_new
+
+    def _fits_to_the_end(self, request: SimulatedRequest) -> bool:
+        """Whether all who run and this one could get all their output; a prefill's step gives a token too."""
+        engine = self._engine
+        engine.running.settle()
+        progress = [
+            (one.prompt_tokens + max(1, one.num_output), one.max_tokens - one.num_output - 1)
+            for one in [*engine.running, request]
+        ]  # fmt: skip
+        pool = (engine.settings.num_blocks - 1) * engine.settings.block_size
+        return peak_tokens(progress) <= pool
 
     def _num_reserved(self) -> int:
         """Blocks that requests with loads under way will still want."""

@@ -113,7 +113,8 @@ class SimulatedBlocks:
         """
         assert num_blocks > 1, f"a pool of {num_blocks} blocks, one of them never used"
         self.num_blocks, self.caching = num_blocks, caching
-        self.num_free = self._num_empty = num_blocks - 1
+        self.num_free = self.num_empty = num_blocks - 1
+        """Free blocks, and those of them without content: whoever freed such a one last has it taken first."""
         self._queue: OrderedDict[Batch, None] = OrderedDict()
         self._cached: dict[int, list[PrefixRun]] = {}
         """By key, in the order in which they were cached."""
@@ -156,8 +157,8 @@ class SimulatedBlocks:
         """Take free blocks out of the queue; what they held is lost."""
         assert num_blocks <= self.num_free, f"{num_blocks} blocks wanted of {self.num_free} free ones"
         self.num_free -= num_blocks
-        empty = min(num_blocks, self._num_empty)
-        self._num_empty -= empty
+        empty = min(num_blocks, self.num_empty)
+        self.num_empty -= empty
         num_blocks -= empty
         while num_blocks:
             run = next(iter(self._queue)).runs[-1]
@@ -203,7 +204,7 @@ class SimulatedBlocks:
         if freed:
             self._queue[Batch(freed)] = None
         self.num_free += num_blocks - holding.num_prefix_blocks
-        self._num_empty += num_blocks - holding.num_prefix_blocks - num_own
+        self.num_empty += num_blocks - holding.num_prefix_blocks - num_own
         holding.prefix, holding.num_prefix_blocks = [], 0
 
     def num_shared(self, holding: Holding) -> int:
@@ -218,8 +219,8 @@ class SimulatedBlocks:
         """
         queued = [run for batch in self._queue for run in batch.runs]
         num_queued = sum(run.num_blocks for run in queued)
-        assert self.num_free == self._num_empty + num_queued, (
-            f"{self.num_free} free, {self._num_empty} + {num_queued} found"
+        assert self.num_free == self.num_empty + num_queued, (
+            f"{self.num_free} free, {self.num_empty} + {num_queued} found"
         )
         assert all(batch.runs for batch in self._queue), "a batch of no runs"
         assert all(run.num_blocks > 0 and run.batch in self._queue for run in queued), "a run of no blocks, or astray"

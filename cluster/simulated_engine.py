@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from cluster.simulated_admission import SimulatedAdmission
 from cluster.simulated_fairness import FairWaiting
+from cluster.simulated_offload import SimulatedOffload
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_queue import FirstCome, WaitingQueue
 from cluster.simulated_request import SimulatedRequest, Status
@@ -43,7 +44,7 @@ class SimulatedEngine:
         times: StepTimes,
         *,
         waiting: WaitingQueue | None = None,
-        preemption: SimulatedPreemption | None = None,
+        preemption: SimulatedPreemption | SimulatedOffload | None = None,
         observe: Observer | None = None,
     ) -> None:
         """Begin without requests.
@@ -51,7 +52,7 @@ class SimulatedEngine:
         Args:
             times: What steps really take.
             waiting: None: first come, first served.
-            preemption: None: vLLM's own.
+            preemption: None: vLLM's own, without offloading.
             observe: Called with every step; strides are off then.
         """
         self.settings, self.preemption = settings, preemption
@@ -73,7 +74,7 @@ class SimulatedEngine:
         """At any time, and when requests last came to run, ended or gave way: both the same with and without strides."""
         self._times, self._observe = times, observe
         self._stock_watermark = int(settings.watermark * settings.num_blocks)
-        self._strides = settings.strides and observe is None
+        self._strides = settings.strides and observe is None and not isinstance(preemption, SimulatedOffload)
         self._step: Step | None = None
         self._preempted: list[SimulatedRequest] = []
         self.leaving: list[SimulatedRequest] = []
@@ -165,7 +166,7 @@ class SimulatedEngine:
         if not closed:
             self._admission.admit(step, budget, now_s)
         self.least_free_blocks = min(self.least_free_blocks, self.blocks.num_free)
-        wait_s = self.preemption.copy(now_s) if self.preemption is not None else 0.0
+        wait_s = self.preemption.copy(self, step, now_s) if self.preemption is not None else 0.0
         if self._observe is not None:
             self._show(self._observe, step)
         if not step.num_decodes and not step.prefills:
@@ -193,12 +194,12 @@ class SimulatedEngine:
 
     def _is_quiet(self) -> bool:
         """Whether nobody will be admitted while those who run only decode: all who wait were tried in this step."""
-        if (
-            self.fair is not None
-            and len(self.running) < self.settings.max_num_seqs
-            and self.num_requests > len(self.running)
+        if self.num_requests > len(self.running) and (
+            self.settings.reserve_output
+            or self.settings.steps_between_admissions > 1
+            or (self.fair is not None and len(self.running) < self.settings.max_num_seqs)
         ):
-            return False  # the order changes with what tenants get
+            return False  # reservations shrink as tokens come, and the order changes with what tenants get
         if self.preemption is None:
             return True
         if any(request.status is not Status.LOADING for request in self.loading):
@@ -211,6 +212,8 @@ class SimulatedEngine:
             return math.inf
         retry_s = now_s + max(wait_s, EMPTY_STEP_S)
         load_s = self.preemption.first_load_s if self.preemption is not None else math.inf
+        if isinstance(self.preemption, SimulatedOffload) and not self.running:
+            self.preemption.nobody_runs(load_s < math.inf)
         if self._preempted or any(request.status is not Status.LOADING for request in self.loading):
             return retry_s
         assert load_s < math.inf or self.loaded, "requests wait and nothing will ever change"
@@ -341,7 +344,9 @@ class SimulatedEngine:
 
     @property
     def most_host_blocks(self) -> int:
-        """KV blocks that were swapped out at once, at most."""
+        """KV blocks that were in host memory at once, at most."""
+        if isinstance(self.preemption, SimulatedOffload):
+            return self.preemption.host.most_blocks
         swaps = self.preemption.swaps if self.preemption is not None else None
         return swaps.pool.most_used_slots if swaps is not None else 0
 
@@ -349,6 +354,5 @@ class SimulatedEngine:
         """Assert that every block and request is in one place; between two calls of `run`."""
         self.running.check(self._step, [*self.holders, *self._gone.values()])
         assert all(request.status is not Status.RUNNING for request in self.loading), "a request waits and runs"
-        if self.preemption is not None and self.preemption.swaps is not None:
-            self.preemption.swaps.pool.check()
-            self.preemption.preemptor.meter.check()
+        if self.preemption is not None:
+            self.preemption.check()

@@ -7,6 +7,7 @@ turned into what they are asked with.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_request import SimulatedRequest, Status
 from cost_service.snapshot import CostSnapshot
 from replicas.admission import RequestAdmission, service_alone_s
@@ -35,8 +36,8 @@ class FairWaiting:
         self._requests: dict[str, SimulatedRequest] = {}
         self._arrived: dict[SimulatedRequest, float] = {}
         """Since the last step began, with their times."""
-        for tenant, weight in (weights or {}).items():
-            core.service.set_weight(tenant, weight)
+        self._weights = weights or {}
+        """All replicas share them: each tells its own of those alone who come."""
 
     @property
     def engine(self) -> "SimulatedEngine":
@@ -64,7 +65,7 @@ class FairWaiting:
             self._requests[request.request_id] = request
             self.core.add(
                 request.request_id, tenant=request.tenant, user=user_in(request.stamp), arrival_s=arrival_s,
-                weight=weight_in(request.stamp) if TENANT in request.stamp else None,
+                weight=weight_in(request.stamp) if TENANT in request.stamp else self._weights.get(request.tenant),
                 num_prompt_tokens=request.num_tokens, num_output_tokens=num_output,
                 prompt_s=prefill_s([(0, request.num_tokens)], num_decodes=0, costs=self.costs),
                 service_s=service_alone_s(request.num_tokens, num_output, costs=self.costs, step_s=self.step_s),
@@ -140,13 +141,13 @@ class FairWaiting:
     def costs(self) -> CostSnapshot:
         """What services are predicted by."""
         preemption = self.engine.preemption
-        return self._costs if preemption is None else preemption.preemptor.costs
+        return preemption.preemptor.costs if isinstance(preemption, SimulatedPreemption) else self._costs
 
     @property
     def step_s(self) -> float:
         """Seconds of a step as of late."""
         preemption = self.engine.preemption
-        return 0.0 if preemption is None else preemption.preemptor.step_s
+        return preemption.preemptor.step_s if isinstance(preemption, SimulatedPreemption) else 0.0
 
     def _token_us(self) -> float:
         return self.step_s * 1e6 / max(1, len(self.engine.running))

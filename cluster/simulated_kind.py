@@ -56,7 +56,11 @@ def add_kind_arguments(parser: argparse.ArgumentParser) -> None:
     pool.add_argument(
         "--pool-fraction", type=float, help="of the most blocks that a replica needs with an unlimited pool"
     )
-    add("--host-gib", type=float, default=64.0, help="host memory for swapped blocks, per replica (default: 64)")
+    add("--host-gib", type=float, default=64.0, help="host memory for KV blocks, per replica (default: 64)")
+    add(
+        "--offload-prompt-only", action="store_true",
+        help="policy offload keeps no generated tokens, as by vLLM's default (default: it keeps them)",
+    )  # fmt: skip
     add("--replicas-per-host", type=int, default=1, help="replicas that share a link to host memory (default: 1)")
 
 
@@ -125,6 +129,7 @@ def kind_of(options: argparse.Namespace, one: Timed, *, policy: str) -> ReplicaK
     return ReplicaKind(
         settings=settings, times=one.times, costs=one.costs, block_bytes=block_bytes, policy=policy,
         host_bytes=int(options.host_gib * (1 << 30)), link=_link(hardware), replicas_per_host=options.replicas_per_host,
+        offload_prompt_only=options.offload_prompt_only,
     )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ class SimulatedPreemption:
         if self.swaps is not None:
             self.swaps.load(request, num_loaded_tokens, now_s)
 
-    def copy(self, now_s: float) -> float:
+    def copy(self, engine: "SimulatedEngine", step: "Step", now_s: float) -> float:
         """Let the step's copies begin; return for how many seconds the engine waits for them."""
         return self.swaps.execute(now_s) if self.swaps is not None else 0.0
 
@@ -150,6 +150,12 @@ class SimulatedPreemption:
         self.preemptor.meter.forget(request.request_id)
         if self.swaps is not None:
             self.swaps.forget(request.request_id)
+
+    def check(self) -> None:
+        """Assert that host memory and open measurements agree with themselves."""
+        if self.swaps is not None:
+            self.swaps.pool.check()
+            self.preemptor.meter.check()
 
     def learn(self, engine: "SimulatedEngine", step: "Step", ends_s: Sequence[float]) -> None:
         """Let the preemptor know how long each step of a stride took, the last of which has just ended.

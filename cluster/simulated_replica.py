@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cluster.bench_arm import STOCK
+from cluster.bench_arm import OFFLOAD, STOCK
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_fairness import FairWaiting
+from cluster.simulated_offload import SimulatedOffload
 from cluster.simulated_preemption import SimulatedCosts, SimulatedPreemption
 from cluster.simulated_queue import FirstCome, WaitingQueue
 from cluster.simulated_step import SimulatedSettings
@@ -36,7 +37,7 @@ class ReplicaKind:
 
     block_bytes: int
     policy: str = STOCK
-    """vLLM's own preemption, or a `PreemptionPolicy`."""
+    """vLLM's own preemption without or with its own offloading, or a `PreemptionPolicy`."""
 
     admission: str = FIRST_COME
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -49,15 +50,23 @@ class ReplicaKind:
     """Of one host, beside the engines; None: engines copy by themselves, and wait."""
 
     replicas_per_host: int = 1
+    offload_prompt_only: bool = False
+    """Whether vLLM's offloading leaves out generated tokens, as by default; what is preempted gains nothing then."""
+
     guard: bool = True
     learn: bool = False
     """Whether costs are learned from what replicas measure, all together; else they stay as they are."""
 
     def __post_init__(self) -> None:
-        if self.policy != STOCK and self.policy not in list(PreemptionPolicy):
-            raise ValueError(f"policy must be {STOCK} or one of {', '.join(PreemptionPolicy)}: it is {self.policy!r}.")
+        known = (STOCK, OFFLOAD, *PreemptionPolicy)
+        if self.policy not in known:
+            raise ValueError(f"policy must be one of {', '.join(known)}: it is {self.policy!r}.")
         if self.admission not in ADMISSIONS:
             raise ValueError(f"admission must be one of {', '.join(ADMISSIONS)}: it is {self.admission!r}.")
+        if self.policy == OFFLOAD and (self.admission != FIRST_COME or self.link is None):
+            raise ValueError(
+                f"{OFFLOAD} is vLLM's own: it needs a GPU's link to host memory, and admission {FIRST_COME}."
+            )
         if self.replicas_per_host < 1 or self.host_bytes < 0:
             raise ValueError("replicas_per_host must be at least 1, and host_bytes not negative.")
 
@@ -81,9 +90,13 @@ class ReplicaBuilder:
             if kind.admission == Admission.FAIR:  # our scheduler without a connector, which learns how long steps take
                 preemption = SimulatedPreemption(Preemptor(PreemptionPolicy.RECOMPUTE, kind.costs), None)
             return SimulatedEngine(kind.settings, kind.times, waiting=waiting, preemption=preemption)
-        policy, link = PreemptionPolicy(kind.policy), None
+        link = None
         if kind.link is not None:
             link = self._links.setdefault(number // kind.replicas_per_host, ThrottledLink(kind.link))
+        if kind.policy == OFFLOAD:
+            assert link is not None, "vLLM's offloading without a link"
+            return SimulatedEngine(kind.settings, kind.times, preemption=self._offload(link))
+        policy = PreemptionPolicy(kind.policy)
         swaps = SimulatedSwaps(
             SwapConfig(preemption=policy, host_pool_bytes=kind.host_bytes), kind.costs, block_bytes=kind.block_bytes,
             num_pool_blocks=kind.settings.num_blocks, host_link=link,
@@ -94,6 +107,14 @@ class ReplicaBuilder:
         return SimulatedEngine(
             kind.settings, kind.times, waiting=waiting, preemption=SimulatedPreemption(preemptor, swaps, self._costs)
         )
+
+    def _offload(self, link: ThrottledLink) -> SimulatedOffload:
+        kind = self.kind
+        return SimulatedOffload(
+            num_host_blocks=kind.host_bytes // kind.block_bytes, block_size=kind.settings.block_size,
+            block_bytes=kind.block_bytes, link=link, caching=kind.settings.enable_prefix_caching,
+            prompt_only=kind.offload_prompt_only,
+        )  # fmt: skip
 
 
 def ample(kind: ReplicaKind) -> ReplicaKind:

@@ -23,13 +23,25 @@ class SimulatedSettings:
     reserve_full_isl: bool = True
     """Whether a request is admitted only when there are blocks for all its tokens so far."""
 
+    reserve_output: bool = False
+    """Whether a request is admitted only when all who run then could get all their output (`simulated_reservation`)."""
+
+    steps_between_admissions: int = 1
+    """S-LoRA's router admits again when those who run have had so many tokens."""
+
     strides: bool = True
     """Off: every step by itself, to check strides."""
 
     def __post_init__(self) -> None:
         if self.num_blocks < 2:
             raise ValueError(f"num_blocks must be at least 2, for one of them is never used: it is {self.num_blocks}.")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in (
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "steps_between_admissions",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a simulated engine must be at least 1: it is {getattr(self, name)}.")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -1,10 +1,11 @@
 """`python -m cluster validate`: the simulator against what real engines were recorded to do.
 
-Two kinds of records:
+Three kinds of records:
 - `--runs DIR`: runs of vLLM on a GPU (LLMServingSim's layout: `meta.json` and `requests.jsonl` in a folder of the engine,
   one request a line with monotonic stamps). Steps come from profiles of that GPU's operators (`--profile`).
 - `--bench FILE`: a result of `python -m cluster bench` on this kind of machine. Steps, copies and prices come from a folder
   of `python -m cluster calibrate` (`--profile`).
+- `--arena DIR`: runs of the VTC artifact under policies of fairness (`cluster.validate_arena`); steps come from one of them.
 Every recorded request is simulated with its arrival and lengths, in an engine of the recorded settings.
 """
 
@@ -43,8 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--runs", type=Path, metavar="DIR", help="recorded runs of vLLM, or a folder of several")
     parser.add_argument("--bench", type=Path, metavar="FILE", help="result of bench")
+    parser.add_argument("--arena", type=Path, metavar="DIR", help="runs of the VTC artifact")
     parser.add_argument(
-        "--profile", type=Path, required=True, metavar="DIR", help="profiles of the GPU's operators, or a calibration"
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="profiles of the GPU's operators, or a calibration; not with --arena",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
 
@@ -52,9 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Compare; 0, or 2 for a wrong option or record."""
     try:
-        if (options.runs is None) == (options.bench is None):
-            raise ValueError("Give either --runs or --bench.")
-        report = of_runs(options.runs, options.profile) if options.runs else of_bench(options.bench, options.profile)
+        report = _report(options)
         print(table(report))
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -65,6 +68,18 @@ def main(options: argparse.Namespace) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    if sum(one is not None for one in (options.runs, options.bench, options.arena)) != 1:
+        raise ValueError("Give either --runs or --bench or --arena.")
+    if (options.profile is None) != (options.arena is not None):
+        raise ValueError("Give --profile with --runs or --bench, and not with --arena.")
+    if options.arena is not None:
+        from cluster.validate_arena import of_arena
+
+        return of_arena(options.arena)
+    return of_runs(options.runs, options.profile) if options.runs else of_bench(options.bench, options.profile)
 
 
 def of_runs(folder: Path, profiles: Path) -> dict[str, Any]:
@@ -171,6 +186,8 @@ def of_bench(path: Path, calibration: Path) -> dict[str, Any]:
     from cluster.report import read_result, records_of
 
     result = read_result(path)
+    if result.get("benchmark") == "simulation":
+        raise ValueError(f"{path} must be a result of bench, and is one of simulate.")
     alone = Calibration(
         **{key: result["calibration"][key] for key in ("ttft_s", "ttft_s_per_prompt_token", "s_per_output_token")}
     )
@@ -265,4 +282,7 @@ def table(report: dict[str, Any]) -> str:
             missed = "" if one["reached"] else "  missed"
             numbers = f"{one['simulated']:>11.4g}{one['measured']:>11.4g}{error:>9}{one['asked']:>8.0%}"
             lines.append(f"{f'{name}, {figure}':<54}{numbers}{missed}")
+    for pair in report.get("order", {}).get("pairs", ()):
+        missed = "" if pair["same"] else "  missed: another order"
+        lines.append(f"{pair['pair']:<54}{pair['simulated']:>+11.1%}{pair['measured']:>+11.1%}{missed}")
     return "\n".join(lines)

@@ -51,7 +51,7 @@ def test_a_page_says_what_was_compared_and_how_to_repeat_it() -> None:
     assert "throughput_tokens_per_s, adaptive / stock</td><td>1.07</td><td>1.01</td><td>1.2" in text
     assert "adaptive: swap</td><td>3</td><td>2</td><td>4</td><td>0.5" in text
     assert "<pre>python -m cluster bench --policy stock,adaptive</pre>" in text
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3
 
 
 def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing() -> None:
@@ -62,9 +62,32 @@ def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing() -> None:
     assert "one<two>" not in text
 
 
-def test_a_page_of_a_simulation_says_so() -> None:
-    assert "SIMULATED" in page(result(benchmark="simulation"))
+def test_a_page_of_a_simulation_says_so_and_shows_all_that_a_benchmarks_does(tmp_path: Path) -> None:
+    trace, simulated = tmp_path / "trace.csv", tmp_path / "simulated.json"
+    lines = [f"{number * 0.02},t{number % 3},{1 + number * 37 % 900},{1 + number * 53 % 300}" for number in range(150)]
+    trace.write_text("\n".join(["arrival_s,tenant,prompt_tokens,output_tokens", *lines]) + "\n")
+    arguments = [
+        "simulate",
+        "--trace",
+        f"csv:{trace}",
+        "--replicas",
+        "1",
+        "--pool-fraction",
+        "0.4",
+        "--policy",
+        "stock,swap",
+    ]
+    assert main([*arguments, "--json", str(simulated), "--plot", str(tmp_path / "plot.svg")]) == 0
+    assert main(["report", str(simulated)]) == 0
+    text = (tmp_path / "simulated.html").read_text()
+    assert "SIMULATED" in text
     assert "SIMULATED" not in page(result())
+    assert text.count("<svg") == 3
+    assert "throughput_tokens_per_s, swap / stock" in text
+    assert "swap: swap</td>" in text
+    assert "<td>t1</td>" in text
+    assert "Simulated" in (tmp_path / "plot.svg").read_text()
+    assert "records" not in json.loads(simulated.read_text())["arms"]["swap"]
 
 
 def test_a_page_of_running_clusters_says_so() -> None:

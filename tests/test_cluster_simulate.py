@@ -21,7 +21,15 @@ def _trace(tmp_path: Path) -> str:
 def test_the_same_command_gives_the_same_bytes(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for name in ("a", "b"):
-        arguments = ["simulate", "--trace", trace, "--replicas", "2", "--policy", "stock,recompute,swap,adaptive"]
+        arguments = [
+            "simulate",
+            "--trace",
+            trace,
+            "--replicas",
+            "2",
+            "--policy",
+            "stock,offload,recompute,swap,adaptive",
+        ]
         arguments += [
             "--pool-fraction",
             "0.4",
@@ -37,7 +45,7 @@ def test_the_same_command_gives_the_same_bytes(trace: str, tmp_path: Path, capsy
         texts.append((tmp_path / name).read_text())
     assert texts[0] == texts[1]
     report = json.loads(texts[0])
-    assert list(report["arms"]) == ["stock", "recompute", "swap", "adaptive"]
+    assert list(report["arms"]) == ["stock", "offload", "recompute", "swap", "adaptive"]
     assert report["num_kv_blocks"] < report["demand_kv_blocks"]
     assert all(arm["requests"] == 150 and arm["unfinished"] == 0 for arm in report["arms"].values())
     assert report["arms"]["swap"]["swaps"] > 0 == report["arms"]["stock"]["swaps"]
@@ -71,8 +79,10 @@ def test_routers_are_compared_and_placement_finds_more_in_prefix_caches(tmp_path
     ("arguments", "message"),
     [
         (["--replicas", "0"], "--replicas must be at least 1"),
-        (["--policy", "stock,best"], "policy must be stock or one of"),
+        (["--policy", "stock,best"], "policy must be one of"),
         (["--policy", "stock,stock"], "names one twice"),
+        (["--policy", "stock,offload", "--admission", "fair"], "offload is vLLM's own"),
+        (["--hardware", "cpu", "--pool-blocks", "500", "--policy", "offload"], "offload is vLLM's own"),
         (["--admission", "fair-ish"], "admission must be one of"),
         (["--router", "placement,best"], "'best' is none of them"),
         (["--pool-blocks", "40"], "--bad-requests drop"),

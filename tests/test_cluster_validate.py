@@ -114,8 +114,9 @@ def test_a_benchmark_is_simulated_with_what_was_calibrated(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "Give either --runs or --bench"),
-        (["--runs", ".", "--bench", "x.json"], "Give either --runs or --bench"),
+        ([], "Give either --runs or --bench or --arena"),
+        (["--runs", ".", "--bench", "x.json"], "Give either --runs or --bench or --arena"),
+        (["--arena", "."], "not with --arena"),
         (["--runs", "{folder}/empty"], "has no requests.jsonl"),
         (["--runs", "{folder}/damaged"], "is no recorded run"),
         (["--bench", "{folder}/damaged/meta.json"], "must be a result of bench"),
