@@ -18,6 +18,10 @@ COMMANDS = {
     "report": ("cluster.report", "write a page (HTML) of what bench or simulate found"),
     "bench-link": ("cluster.bench_link", "compare preemption policies over simulated links to host memory"),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
+    "bench-fairness-simulated": (
+        "cluster.bench_fairness_simulated",
+        "fairness across simulated replicas: gap, bound, shares",
+    ),
     "bench-simulation": ("cluster.bench_simulation", "how many requests a second the simulator serves"),
     "bench-decision": ("cluster.bench_decision", "what one decision on preemption costs, in microseconds"),
     "bench-http": ("cluster.bench_http", "compare this endpoint with plain vLLM's server over HTTP"),

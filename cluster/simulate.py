@@ -18,12 +18,14 @@ from typing import Any
 from cluster.bench import command_line
 from cluster.bench_arm import STOCK
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
+from cluster.fairness_watch import FairnessFigures
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
 from cluster.routing import LeastLoaded, RoundRobin, Router
+from cluster.simulated_cluster import add_cluster_arguments, cluster_of
 from cluster.simulated_kind import add_kind_arguments, kind_of, timed
 from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, ReplicaKind, ample
-from cluster.simulation import Disturbances, Simulation
+from cluster.simulation import Simulation
 from cluster.workload import add_workload_arguments, workload_of
 from cluster.workload_summary import describe
 from cost_service.output_length import OutputLength
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kind_arguments(parser)
     add("--crash-interval-s", type=float, default=math.inf, help="a replica's mean time to a crash (default: never)")
     add("--restart-s", type=float, default=60.0, help="until it is back (default: 60)")
+    add_cluster_arguments(parser)
     add(
         "--known-lengths",
         action="store_true",
@@ -103,6 +106,8 @@ class Outcome:
     num_steps: int
     computed_tokens: int
     crashes: int
+    fairness: FairnessFigures | None
+    """None: the run was not watched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,12 +186,10 @@ def run(options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[Trace
         if len(records) % part == 0:
             print(f"{name}: {len(records)} of {len(requests)} requests", file=sys.stderr, flush=True)
 
-    simulation = Simulation(
-        ReplicaBuilder(kind), num_replicas=options.replicas, router=ROUTERS[options.router](), done=done,
-        disturbances=Disturbances(
-            seed=options.seed, crash_interval_s=options.crash_interval_s, restart_s=options.restart_s,
-            resubmit=not options.lose,
-        ),
+    cluster = cluster_of(options, ROUTERS[options.router])
+    watch = cluster.watch(kind, requests) if kind.is_fair or options.watch_fairness else None
+    simulation = cluster.simulation(
+        kind, done=done, watch=watch, credit=cluster.bound(kind, requests).unit if kind.is_fair else None,
         lengths=None if options.known_lengths else OutputLength(), check=options.check,
     )  # fmt: skip
     end_s = simulation.run(requests)
@@ -197,6 +200,7 @@ def run(options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[Trace
         most_host_bytes=kind.block_bytes * max(engine.most_host_blocks for engine in engines),
         num_steps=sum(engine.num_steps for engine in engines),
         computed_tokens=sum(engine.num_scheduled_tokens for engine in engines), crashes=simulation.counts.crashes,
+        fairness=watch.figures(end_s) if watch is not None else None,
     )  # fmt: skip
 
 
@@ -220,10 +224,13 @@ def _room(kind: ReplicaKind, options: argparse.Namespace) -> int:
 
 
 def _arm(outcome: Outcome, calibration: Calibration, weights: Mapping[str, float]) -> dict[str, Any]:
-    return asdict(figures(few_tenants(outcome.records), calibration, run_end_s=outcome.end_s, weights=weights)) | {
+    arm = asdict(figures(few_tenants(outcome.records), calibration, run_end_s=outcome.end_s, weights=weights)) | {
         "run_end_s": outcome.end_s, "most_kv_blocks": outcome.most_blocks, "steps": outcome.num_steps,
         "computed_tokens": outcome.computed_tokens, "crashes": outcome.crashes,
     }  # fmt: skip
+    if outcome.fairness is not None:
+        arm["fairness"] = asdict(outcome.fairness)
+    return arm
 
 
 def few_tenants(records: Sequence[RequestRecord]) -> list[RequestRecord]:
@@ -246,6 +253,11 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name in FIGURES:
         lines.append(f"{name:<28}" + "".join(_cell(arm[name], width) for arm in arms.values()))
+    if any("fairness" in arm for arm in arms.values()):
+        lines += ["", "fairness, by the events of the engines"]
+        watched = [arm.get("fairness", {}) for arm in arms.values()]
+        for name in ("max_service_gap", "bound", "gap_over_bound", "worst_stray", "broken"):
+            lines.append(f"{name:<28}" + "".join(_cell(each.get(name), width) for each in watched))
     if base is not None and len(arms) > 1:
         lines += ["", "ratio to stock"]
         for name in RATIO_FIGURES:
