@@ -15,7 +15,7 @@ from cluster.__main__ import main
 from cluster.experiments import EXPERIMENTS
 from cluster.fairness_experiments import FAIRNESS_EXPERIMENTS, in_time
 
-COMMAND = ["bench-fairness-simulated", "--jobs", "1", "--time-scale", "0.02", "--only", "two ingresses, 4"]
+COMMAND = ["bench-fairness-simulated", "--jobs", "1", "--time-scale", "0.01", "--only", "two ingresses, 4"]
 
 
 def test_the_list_holds_the_suites_of_the_literature_and_those_across_replicas() -> None:
@@ -23,9 +23,9 @@ def test_the_list_holds_the_suites_of_the_literature_and_those_across_replicas()
     intervals = {one.share.interval_s for one in FAIRNESS_EXPERIMENTS.values()}
     assert {0.05, 0.1, 20.0} <= intervals
     for one in FAIRNESS_EXPERIMENTS.values():
-        assert set(one.breaks) < set(one.arms)
+        assert set(one.breaks) <= set(one.arms)
         assert one.until_s > 0.0
-        assert "fair" not in one.breaks
+        assert "fair" not in one.breaks or one.share.away is not None, "the bound is promised where replicas hear"
 
 
 def test_a_part_of_the_time_keeps_rates_and_intervals_and_moves_what_happens_with_it() -> None:
@@ -64,7 +64,6 @@ def test_the_command_prints_and_writes_the_same_every_time(tmp_path: Path, capsy
         (["--only", "no such"], "--only names none of: overload"),
         (["--time-scale", "0"], "--time-scale must be above 0"),
         (["--jobs", "0"], "--jobs must be at least 1"),
-        (["--pool-blocks", "40000"], "Loads cannot be scaled"),
     ],
 )
 def test_wrong_options_are_refused_in_a_sentence(
@@ -81,12 +80,12 @@ def _options() -> argparse.Namespace:
     return parser.parse_args([])
 
 
-def test_the_bound_holds_where_a_tenant_is_pinned_and_the_invariants_too(options: argparse.Namespace) -> None:
+def test_what_messages_that_are_late_and_lost_leave_of_a_pinned_tenants_share(options: argparse.Namespace) -> None:
     kind = replace(bench._kind(options), learn=False)
-    experiment = in_time(FAIRNESS_EXPERIMENTS["3 of 10 messages lost, 50 ms late"], 0.08)
+    experiment = in_time(FAIRNESS_EXPERIMENTS["3 of 10 messages lost, 50 ms late"], 0.2)
     (seen,) = bench.run(experiment, kind, capacity_per_s=2.2, seed=1).values()
     assert not seen["fairness"]["broken"]
-    assert seen["fairness"]["shares"]["f"] == pytest.approx(0.5, abs=0.05)
+    assert seen["fairness"]["shares"]["f"] < 0.6, "0.75 without messages"
 
 
 @pytest.mark.slow
