@@ -87,11 +87,11 @@ def _of_literature(name: str) -> Experiment:
         )
         for stream in EXPERIMENTS[name]
     )  # fmt: skip
-    return Experiment(name=name, streams=streams, breaks=(FIRST_COME,) if name in UNFAIR else ())
+    return Experiment(name=name, streams=streams, breaks=() if name in FAIR_ANYHOW else (FIRST_COME,))
 
 
-UNFAIR = ("overload", "on_off_overload", "poisson_on_off_overload", "poisson_short_long", "poisson_short_long_2")
-"""Suites under which first come goes beyond the bound in that time."""
+FAIR_ANYHOW = ("overload-multi", "overload-weighted")
+"""Suites under which first come stays within the bound in that time."""
 
 DURATION_S = 120.0
 
@@ -158,9 +158,13 @@ LIGHT = tuple(replace(ANY_LENGTH, tenant=f"light-{number}", rate=0.6, seed=numbe
 HEAVY = replace(ANY_LENGTH, tenant="flood", rate=16.0, seed=9)
 
 
-def _light(name: str, *, flooded: bool, **changes: object) -> Experiment:
-    streams = (*LIGHT, HEAVY) if flooded else LIGHT
-    return replace(Experiment(name=name, streams=streams, num_replicas=4, arms=TWO if flooded else (FAIR,)), **changes)  # type: ignore[arg-type]
+def _light(name: str, *streams: Stream, constant_step_s: float | None = None) -> Experiment:
+    flooded = len(streams) > len(LIGHT)
+    return Experiment(
+        name=name, streams=streams, num_replicas=4, arms=TWO if flooded else (FAIR,),
+        breaks=(FIRST_COME,) if flooded else (), constant_step_s=constant_step_s,
+        absolute=constant_step_s is not None,
+    )  # fmt: skip
 
 
 def _scaled(streams: tuple[Stream, ...]) -> tuple[Stream, ...]:
@@ -169,10 +173,10 @@ def _scaled(streams: tuple[Stream, ...]) -> tuple[Stream, ...]:
 
 
 LIGHTS = (
-    _light("light alone, constant steps", flooded=False, constant_step_s=0.03, absolute=True),
-    _light("light beside a flood, constant steps", flooded=True, constant_step_s=0.03, absolute=True),
-    _light("light alone", flooded=False, streams=_scaled(LIGHT)),
-    _light("light beside a flood", flooded=True, streams=_scaled((*LIGHT, HEAVY))),
+    _light("light alone, constant steps", *LIGHT, constant_step_s=0.03),
+    _light("light beside a flood, constant steps", *LIGHT, HEAVY, constant_step_s=0.03),
+    _light("light alone", *_scaled(LIGHT)),
+    _light("light beside a flood", *_scaled((*LIGHT, HEAVY))),
 )
 """Three tenants who ask little, beside one who asks too much: what they wait for."""
 

@@ -96,7 +96,8 @@ def test_every_bound_holds_and_what_is_unfair_is_found_in_all_experiments(option
     assert not report["unexpected"], bench.table(report)
     for name, arms in report["experiments"].items():
         fair = arms["fair"]
-        assert fair.get("service_per_s_ratio", 1.0) >= 0.98, name
+        if "short_long" not in name:  # unequal requests: other service takes other time
+            assert fair.get("service_per_s_ratio", 1.0) >= 0.98, name
     shares = {name: arms["fair"]["fairness"]["shares"] for name, arms in report["experiments"].items()}
     assert shares["pinned to 2 of 4"]["g"] == pytest.approx(0.5, rel=0.02)
     assert shares["two ingresses, 4 : 1"]["f"] == pytest.approx(0.8, rel=0.02)
