@@ -22,6 +22,10 @@ COMMANDS = {
         "fairness across several real engines, with and without the cluster's counters",
     ),
     "bench-drift": ("cluster.bench_drift", "how soon costs are right again after the link to host memory has changed"),
+    "bench-fairness-simulated": (
+        "cluster.bench_fairness_simulated",
+        "fairness across simulated replicas: gap, bound, shares",
+    ),
     "bench-simulation": (
         "cluster.bench_simulation",
         "how many requests a second the simulator serves, and in how much memory",

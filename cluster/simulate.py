@@ -20,15 +20,17 @@ from cluster.bench_arm import OFFLOAD, STOCK
 from cluster.bench_command import command_line
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
 from cluster.distributions import distributions
+from cluster.fairness_watch import FairnessFigures
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
 from cluster.routing import LeastLoaded, Placed, RoundRobin, Router
 from cluster.service_curve import service_gaps
+from cluster.simulated_cluster import add_cluster_arguments, cluster_of
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_kind import add_kind_arguments, kind_of, timed
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, ReplicaKind, ample
-from cluster.simulation import Disturbances, Simulation
+from cluster.simulation import Simulation
 from cluster.workload import add_workload_arguments, workload_of
 from cluster.workload_summary import describe
 from cost_service.output_length import OutputLength
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kind_arguments(parser)
     add("--crash-interval-s", type=float, default=math.inf, help="a replica's mean time to a crash (default: never)")
     add("--restart-s", type=float, default=60.0, help="until it is back (default: 60)")
+    add_cluster_arguments(parser)
     add(
         "--known-lengths",
         action="store_true",
@@ -123,6 +126,8 @@ class Outcome:
     crashes: int
     preemption_costs: dict[str, dict[str, float]]
     """By action: how many were measured, and what those were predicted to take and took. Empty where none is measured."""
+    fairness: FairnessFigures | None
+    """None: the run was not watched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,12 +230,10 @@ def run(
         if len(records) % part == 0:
             print(f"{name}: {len(records)} of {len(requests)} requests", file=sys.stderr, flush=True)
 
-    simulation = Simulation(
-        ReplicaBuilder(kind), num_replicas=options.replicas, router=ROUTERS[router or _routers(options)[0]](), done=done,
-        disturbances=Disturbances(
-            seed=options.seed, crash_interval_s=options.crash_interval_s, restart_s=options.restart_s,
-            resubmit=not options.lose,
-        ),
+    cluster = cluster_of(options, ROUTERS[router or _routers(options)[0]])
+    watch = cluster.watch(kind, requests) if kind.is_fair or options.watch_fairness else None
+    simulation = cluster.simulation(
+        kind, done=done, watch=watch, credit=cluster.bound(kind, requests).unit if kind.is_fair else None,
         lengths=None if options.known_lengths else OutputLength(), check=options.check,
     )  # fmt: skip
     end_s = simulation.run(requests)
@@ -242,6 +245,7 @@ def run(
         num_steps=sum(engine.num_steps for engine in engines),
         computed_tokens=sum(engine.num_scheduled_tokens for engine in engines), crashes=simulation.counts.crashes,
         preemption_costs=_preemption_costs(engines),
+        fairness=watch.figures(end_s) if watch is not None else None,
     )  # fmt: skip
 
 
@@ -284,12 +288,15 @@ def _arm(
 ) -> dict[str, Any]:  # fmt: skip
     share = {"cached_share": cached_share(outcome)} if cached else {}
     records = few_tenants(outcome.records)
-    return share | asdict(figures(records, calibration, run_end_s=outcome.end_s, weights=weights)) | {
+    arm = share | asdict(figures(records, calibration, run_end_s=outcome.end_s, weights=weights)) | {
         "run_end_s": outcome.end_s, "most_kv_blocks": outcome.most_blocks, "steps": outcome.num_steps,
         "computed_tokens": outcome.computed_tokens, "crashes": outcome.crashes,
         "preemption_costs": outcome.preemption_costs, "distributions": distributions(records, calibration),
         "service_gaps": service_gaps(records, weights),
     }  # fmt: skip
+    if outcome.fairness is not None:
+        arm["fairness"] = asdict(outcome.fairness)
+    return arm
 
 
 def cached_share(outcome: Outcome) -> float:
@@ -318,6 +325,11 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name in ("cached_share",) * any("cached_share" in arm for arm in arms.values()) + FIGURES:
         lines.append(f"{name:<28}" + "".join(_cell(arm[name], width) for arm in arms.values()))
+    if any("fairness" in arm for arm in arms.values()):
+        lines += ["", "fairness, by the events of the engines"]
+        watched = [arm.get("fairness", {}) for arm in arms.values()]
+        for name in ("max_service_gap", "bound", "gap_over_bound", "worst_stray", "broken"):
+            lines.append(f"{name:<28}" + "".join(_cell(each.get(name), width) for each in watched))
     if of_arms := report["ratio_to_stock"]:
         lines += ["", f"{'ratio to stock':<28}" + "".join(f"{name:>{width}}" for name in of_arms)]
         for name in RATIO_FIGURES:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_request import SimulatedRequest, Status
+from cost_service.charges import Account
+from cost_service.service_messages import AccountReport
 from cost_service.snapshot import CostSnapshot
 from replicas.admission import RequestAdmission, service_alone_s
 from replicas.bypass import Need, Room
@@ -114,10 +116,13 @@ class FairWaiting:
 
     def settle(self) -> None:
         """Charge what the running requests were given; a stride may be under way only if nobody asks for its middle."""
-        engine, token_us = self.engine, self._token_us()
-        engine.running.settle()
-        for request in engine.running:
-            self.core.delivered(request.request_id, request.num_output, token_us=token_us)
+        self.engine.running.settle()
+        self._charge()
+
+    def report(self, *, everything: bool) -> Mapping[Account, AccountReport]:
+        """The lines of the next report to the cluster's scheduler; the engine is settled to this moment."""
+        self._charge()
+        return self.core.take_report(everything=everything)
 
     def ended(self, request: SimulatedRequest) -> None:
         """The request has finished or its client has left."""
@@ -148,6 +153,12 @@ class FairWaiting:
         """Seconds of a step as of late."""
         preemption = self.engine.preemption
         return preemption.preemptor.step_s if isinstance(preemption, SimulatedPreemption) else 0.0
+
+    def _charge(self) -> None:
+        """Charge running requests up to where they are written down to be."""
+        token_us = self._token_us()
+        for request in self.engine.running:
+            self.core.delivered(request.request_id, request.num_output, token_us=token_us)
 
     def _token_us(self) -> float:
         return self.step_s * 1e6 / max(1, len(self.engine.running))

@@ -86,6 +86,8 @@ class SimulatedPreemption:
         if missing == 0 or not self.preemptor.lead(is_fair=engine.fair is not None):
             return False
         engine.running.settle()
+        if engine.fair is not None:
+            engine.fair.settle()
         candidates = [self._candidate(engine, request) for request in engine.running]
         decisions = self.preemptor.choose(candidates, self._pressure(engine, missing, now_s))
         self._decided = {decision.request_id: decision for decision in decisions}

@@ -21,7 +21,9 @@ from replicas.preemptor import Preemptor
 from replicas.throttled_link import LinkSettings, ThrottledLink
 
 FIRST_COME = Admission.FIRST_COME.value
-ADMISSIONS = tuple(admission.value for admission in Admission)
+LOCAL = "local"
+"""Fair by the counters of each replica alone: no replica hears of the others."""
+ADMISSIONS = (*(admission.value for admission in Admission), LOCAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,11 @@ class ReplicaKind:
         if self.replicas_per_host < 1 or self.host_bytes < 0:
             raise ValueError("replicas_per_host must be at least 1, and host_bytes not negative.")
 
+    @property
+    def is_fair(self) -> bool:
+        """Whether tenants are told apart."""
+        return self.admission != FIRST_COME
+
 
 class ReplicaBuilder:
     """Builds engines of one kind; those of a host share its link."""
@@ -83,11 +90,11 @@ class ReplicaBuilder:
         """Return a fresh engine for a replica."""
         kind = self.kind
         waiting: WaitingQueue = FirstCome()
-        if kind.admission == Admission.FAIR:
+        if kind.is_fair:
             waiting = FairWaiting(RequestAdmission(), kind.costs, weights=kind.weights)
         if kind.policy == STOCK:
             preemption = None
-            if kind.admission == Admission.FAIR:  # our scheduler without a connector, which learns how long steps take
+            if kind.is_fair:  # our scheduler without a connector, which learns how long steps take
                 preemption = SimulatedPreemption(Preemptor(PreemptionPolicy.RECOMPUTE, kind.costs), None)
             return SimulatedEngine(kind.settings, kind.times, waiting=waiting, preemption=preemption)
         link = None

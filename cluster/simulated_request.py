@@ -37,7 +37,6 @@ class SimulatedRequest:
         "num_full_blocks",
         "num_output",
         "num_preemptions",
-        "num_reported",
         "output_tokens",
         "place",
         "prompt_tokens",
@@ -84,7 +83,7 @@ class SimulatedRequest:
 
     def _begin(self, prefix: Sequence[PrefixPart]) -> None:
         self.status = Status.WAITING
-        self.num_computed = self.num_output = self.num_reported = 0
+        self.num_computed = self.num_output = 0
         self.holding = Holding(prefix)
         self.num_blocks = self.num_full_blocks = 0
         """KV blocks that it holds, and those of them whose tokens are cached once the step under way is done."""

@@ -6,7 +6,8 @@ Rules:
 - Requests are read one after another, and records handed on when requests are over: memory is bounded by what is under way.
 - A crash loses a replica's KV and all its requests, and begins a new epoch. Requests are sent again from their beginning, or
   stay unfinished (`resubmit`).
-- Reports of a replica are cumulative since its epoch began. They arrive late, or never.
+- Replicas exchange reports with a scheduler (`Exchange`), at an interval each. Messages arrive late, or never.
+- A replica that is scaled away gets no new requests and is gone when it has served what it has.
 """
 
 import heapq
@@ -15,73 +16,18 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.disturbances import Disturbances
+from cluster.fairness_watch import FairnessWatch
 from cluster.records import RequestRecord
 from cluster.routing import Router
 from cluster.simulated_engine import SimulatedEngine
+from cluster.simulated_exchange import Exchange
 from cluster.simulated_request import SimulatedRequest, Status, prefix_parts
 from cost_service.output_length import OutputLength
 from cost_service.traces import TraceRequest
-from replicas.request_stamp import OUTPUT_TOKENS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disturbances:
-    """What goes wrong, by chance."""
-
-    seed: int = 0
-    crash_interval_s: float = math.inf
-    """Seconds that a replica runs until it crashes, in the mean."""
-
-    restart_s: float = 60.0
-    """Until it is back."""
-
-    resubmit: bool = True
-    """Whether what a crashed replica had is sent again; else it stays unfinished."""
-
-    leave_share: float = 0.0
-    """Share of requests whose client leaves after an exponential time, if it has no answer by then."""
-
-    patience_s: float = 60.0
-    """That time's mean."""
-
-    report_delay_s: float = 0.0
-    """Until a report arrives, in the mean; half of it is the same for all."""
-
-    report_loss: float = 0.0
-    """Share of reports that never arrive."""
-
-    def __post_init__(self) -> None:
-        for name in ("crash_interval_s", "restart_s", "patience_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0: it is {getattr(self, name)}.")
-        for name in ("leave_share", "report_loss"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1: it is {getattr(self, name)}.")
-        if not 0 <= self.report_delay_s < math.inf:
-            raise ValueError(f"report_delay_s must be finite and not negative: it is {self.report_delay_s}.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a replica has done for each tenant since its epoch began."""
-
-    replica: int
-    epoch: int
-    sequence: int
-    """Rises with every report of an epoch."""
-
-    prompt_tokens: Mapping[str, int]
-    output_tokens: Mapping[str, int]
-
-
-class ReportReader(Protocol):
-    """Whoever reads the replicas' reports: global fairness."""
-
-    def read(self, report: Report, now_s: float) -> None:
-        """A report has arrived; an older one of the same epoch may come after a newer one."""
-        ...
+from replicas.request_stamp import OUTPUT_TOKENS, USER
 
 
 class _Event(IntEnum):
@@ -93,6 +39,8 @@ class _Event(IntEnum):
     REPORT_DUE = 3
     REPORT = 4
     STEP = 5
+    ANSWER = 6
+    SCALE = 7
 
 
 class Replica:
@@ -100,13 +48,13 @@ class Replica:
 
     def __init__(self, number: int, engine: SimulatedEngine) -> None:
         self.number, self.engine = number, engine
-        self.epoch = self.sequence = 0
+        self.epoch = 0
         self.up = True
+        self.draining = False
+        """Whether it gets no new requests, for it is scaled away; it is gone when it is not up either."""
         self.awaited_s = math.inf
         """Of the engine's next step, in the heap of events."""
         self.requests: dict[SimulatedRequest, None] = {}
-        self.prompt_tokens: dict[str, int] = {}
-        self.output_tokens: dict[str, int] = {}
 
 
 @dataclass(slots=True)
@@ -131,9 +79,11 @@ class Simulation:
         router: Router,
         done: Callable[[RequestRecord], None],
         disturbances: Disturbances | None = None,
-        reader: ReportReader | None = None,
+        exchange: Exchange | None = None,
         report_interval_s: float = 0.1,
         lengths: OutputLength | None = None,
+        watch: FairnessWatch | None = None,
+        num_users: Mapping[str, int] | None = None,
         check: bool = False,
     ) -> None:
         """Begin with idle replicas.
@@ -141,8 +91,10 @@ class Simulation:
         Args:
             build: Makes the engine of a replica, at the start and after each crash.
             done: Called with the record of each request that is over.
-            reader: None: no reports are made.
+            exchange: None: no reports are made.
             lengths: What an ingress predicts and learns; None: engines know each request's length.
+            watch: Sees all service and who waits; engines must take no strides then.
+            num_users: Of tenants whose requests come from several users, in turns.
             check: Whether all that must hold is asserted after each event.
         """
         if num_replicas < 1:
@@ -151,25 +103,48 @@ class Simulation:
         self.replicas = [Replica(number, build(number)) for number in range(num_replicas)]
         self.counts = Counts()
         self.now_s = 0.0
-        self._build, self._router, self._done, self._reader, self._check = build, router, done, reader, check
+        self._build, self._router, self._done, self._exchange, self._check = build, router, done, exchange, check
         self._report_interval_s, self._lengths = report_interval_s, lengths
+        self._watch, self._num_users = watch, num_users or {}
         self._chance = random.Random(self.disturbances.seed)
         self._events: list[tuple[float, int, int, Any]] = []
         self._num_events = 0
         self._homeless: list[SimulatedRequest] = []
         """Those who came while no replica was up."""
         for replica in self.replicas:
-            router.up(replica.number, replica.engine, self.now_s)
-            self._expect_crash(replica)
-            if reader is not None:
-                self._at(report_interval_s, _Event.REPORT_DUE, replica)
+            self._begin(replica)
+        for at_s, number in self.disturbances.crashes:
+            self._at(at_s, _Event.CRASH, (number, None))
+        for at_s, num in self.disturbances.scale:
+            self._at(at_s, _Event.SCALE, num)
 
-    def run(self, requests: Iterable[TraceRequest]) -> float:
-        """Serve requests, which come in the order of arrival; return when the last one was over."""
+    def _begin(self, replica: Replica) -> None:
+        """Let a new replica take part."""
+        self._come_up(replica)
+        if self._exchange is not None:
+            self._at(self.now_s + self._report_interval_s, _Event.REPORT_DUE, replica)
+
+    def _come_up(self, replica: Replica) -> None:
+        self._router.up(replica.number, replica.engine, self.now_s)
+        self._expect_crash(replica)
+        if self._exchange is not None:
+            self._exchange.up(replica)
+
+    def run(self, requests: Iterable[TraceRequest], *, until_s: float = math.inf) -> float:
+        """Serve requests, which come in the order of arrival; return when the last one was over.
+
+        Args:
+            until_s: When to stop; what is unfinished then is handed on as it is.
+        """
         last_s = over_s = 0.0
         coming = iter(requests)
         following = next(coming, None)
         while following is not None or self._num_here:
+            next_s = min(
+                self._events[0][0] if self._events else math.inf, following.arrival_s if following else math.inf
+            )
+            if next_s > until_s:
+                return self._stop(until_s)
             if following is not None and (not self._events or following.arrival_s <= self._events[0][0]):
                 assert following.arrival_s >= last_s, "requests must come in the order of arrival"
                 self.now_s = last_s = following.arrival_s
@@ -182,6 +157,17 @@ class Simulation:
                 self.check()
             over_s = self.now_s
         return over_s
+
+    def _stop(self, now_s: float) -> float:
+        """Hand on what is unfinished."""
+        self.now_s = now_s
+        for replica in self.replicas:
+            if replica.up:
+                replica.engine.settle(now_s)
+        under_way = [request for replica in self.replicas for request in replica.requests]
+        for request in [*under_way, *self._homeless]:
+            self._done(request.record())
+        return now_s
 
     @property
     def _num_here(self) -> int:
@@ -206,16 +192,20 @@ class Simulation:
     def _arrive(self, one: TraceRequest) -> None:
         settings = self.replicas[0].engine.settings
         prefix = prefix_parts(one, block_size=settings.block_size)
-        most, stamp = one.output_tokens, None
+        most, stamp = one.output_tokens, dict[str, Any]()
         if self._lengths is not None:
             most = settings.max_model_len - one.prompt_tokens
             _, median, upper = self._lengths.predict(one.tenant, one.prompt_tokens, most)
             stamp = {OUTPUT_TOKENS: [round(median), round(upper)]}
+        if (num_users := self._num_users.get(one.tenant, 1)) > 1:
+            stamp[USER] = str(self.counts.arrived % num_users)
         request = SimulatedRequest(
             str(self.counts.arrived), tenant=one.tenant, arrival_s=one.arrival_s, prompt_tokens=one.prompt_tokens,
             output_tokens=one.output_tokens, prefix=prefix, stamp=stamp, max_tokens=most,
         )  # fmt: skip
         self.counts.arrived += 1
+        if self._watch is not None:
+            self._watch.arrived(request.tenant)
         if self.disturbances.leave_share and self._chance.random() < self.disturbances.leave_share:
             self._at(self.now_s + self._chance.expovariate(1 / self.disturbances.patience_s), _Event.LEAVE, request)
         self._send(request)
@@ -239,17 +229,25 @@ class Simulation:
         elif kind is _Event.LEAVE:
             self._leave(subject)
         elif kind is _Event.CRASH:
-            self._crash(subject)
+            number, of_engine = subject
+            replica = self.replicas[number]
+            if replica.up and of_engine in (None, replica.engine):
+                self._crash(replica)
         elif kind is _Event.RESTART:
             self._restart(subject)
         elif kind is _Event.REPORT_DUE:
             self._report(subject)
+        elif kind is _Event.SCALE:
+            self._scale(subject)
         else:
-            assert self._reader is not None, "a report for nobody"
-            self._reader.read(subject, self.now_s)
+            self._deliver(kind, *subject)
 
     def _step(self, replica: Replica) -> None:
-        for request in replica.engine.run(self.now_s):
+        over = replica.engine.run(self.now_s)
+        if self._watch is not None:
+            replica.engine.running.settle()
+            self._watch.stepped(replica.number, replica.engine.running, over, self.now_s)
+        for request in over:
             del replica.requests[request]
             if request.status is Status.FINISHED:
                 assert request.num_output == request.output_tokens, f"{request.request_id} has other tokens than asked"
@@ -258,14 +256,16 @@ class Simulation:
                     self._lengths.observe(request.tenant, request.prompt_tokens, request.output_tokens)
             else:
                 self.counts.left += 1
-            self._end(replica, request)
+            self._router.ended(request)
+            self._done(request.record())
         self._follow(replica)
+        self._retire_if_idle(replica)
 
-    def _end(self, replica: Replica | None, request: SimulatedRequest) -> None:
-        """A request is over."""
-        self._router.ended(request)
-        if replica is not None and self._reader is not None:
-            _credit(replica, request)
+    def _end(self, request: SimulatedRequest) -> None:
+        """A request is over that no engine has any more."""
+        request.status = Status.ABORTED
+        if self._watch is not None:
+            self._watch.gone(request)
         self._done(request.record())
 
     def _leave(self, request: SimulatedRequest) -> None:
@@ -273,9 +273,8 @@ class Simulation:
             return
         if request.home is None:
             self._homeless.remove(request)
-            request.status = Status.ABORTED
             self.counts.left += 1
-            self._end(None, request)
+            self._end(request)
             return
         replica = self.replicas[request.home]
         replica.engine.abort(request, self.now_s)
@@ -285,31 +284,34 @@ class Simulation:
         """Lose an engine with all that it has; what it was computing is never delivered."""
         self.counts.crashes += 1
         replica.up = False
-        self._router.down(replica.number)
+        if not replica.draining:
+            self._router.down(replica.number)
+        if self._exchange is not None:
+            self._exchange.down(replica)
         replica.engine.settle(self.now_s)
         lost, replica.requests = list(replica.requests), {}
+        if self._watch is not None:
+            self._watch.crashed(replica.number, lost)
         for request in lost:
             if request in replica.engine.leaving:
-                request.status = Status.ABORTED
                 self.counts.left += 1
-                self._end(None, request)
+                self._end(request)
             elif self.disturbances.resubmit:
                 request.restart()
                 self._send(request)
             else:
-                request.status = Status.ABORTED
                 self.counts.lost += 1
-                self._end(None, request)
-        self._at(self.now_s + self.disturbances.restart_s, _Event.RESTART, replica)
+                self._end(request)
+        if not replica.draining:
+            self._at(self.now_s + self.disturbances.restart_s, _Event.RESTART, replica)
 
     def _restart(self, replica: Replica) -> None:
+        if replica.up or replica.draining:  # scaled meanwhile
+            return
         replica.engine, replica.up = self._build(replica.number), True
         replica.epoch += 1
         replica.awaited_s = math.inf
-        replica.sequence = 0
-        replica.prompt_tokens, replica.output_tokens = {}, {}
-        self._router.up(replica.number, replica.engine, self.now_s)
-        self._expect_crash(replica)
+        self._come_up(replica)
         homeless, self._homeless = self._homeless, []
         for request in homeless:
             self._send(request)
@@ -317,7 +319,7 @@ class Simulation:
     def _expect_crash(self, replica: Replica) -> None:
         if self.disturbances.crash_interval_s < math.inf:
             delay_s = self._chance.expovariate(1 / self.disturbances.crash_interval_s)
-            self._at(self.now_s + delay_s, _Event.CRASH, replica)
+            self._at(self.now_s + delay_s, _Event.CRASH, (replica.number, replica.engine))
 
     def _report(self, replica: Replica) -> None:
         """Send what a replica has done so far, unless it is down; late, or never."""
@@ -327,22 +329,55 @@ class Simulation:
         replica.engine.interrupt(self.now_s)
         self._follow(replica)
         replica.engine.settle(self.now_s)
-        for request in replica.engine.running:
-            _credit(replica, request)
-        replica.sequence += 1
-        report = Report(
-            replica=replica.number, epoch=replica.epoch, sequence=replica.sequence,
-            prompt_tokens=dict(replica.prompt_tokens), output_tokens=dict(replica.output_tokens),
-        )  # fmt: skip
+        assert self._exchange is not None, "a report for nobody"
+        self._post(_Event.REPORT, (replica, replica.engine, self._exchange.report(replica, self.now_s)))
+
+    def _post(self, kind: _Event, subject: Any) -> None:
+        """Let a report or an answer arrive; late, or never."""
         if self._chance.random() >= self.disturbances.report_loss:
             half_s = self.disturbances.report_delay_s / 2
             delay_s = half_s + self._chance.expovariate(1 / half_s) if half_s else 0.0
-            self._at(self.now_s + delay_s, _Event.REPORT, report)
+            self._at(self.now_s + delay_s, kind, subject)
+
+    def _deliver(self, kind: _Event, replica: Replica, engine: SimulatedEngine, message: Any) -> None:
+        """A report has arrived, or an answer; whoever has crashed hears no answer."""
+        assert self._exchange is not None, "a message for nobody"
+        if kind is _Event.REPORT:
+            answer = self._exchange.read(message, self.now_s)
+            if answer is not None:
+                self._post(_Event.ANSWER, (replica, engine, answer))
+        elif replica.up and replica.engine is engine:
+            self._exchange.learn(replica, message)
+
+    def _scale(self, num: int) -> None:
+        """Have so many replicas: those with the highest numbers come and go."""
+        for number in range(len(self.replicas), num):
+            replica = Replica(number, self._build(number))
+            self.replicas.append(replica)
+            self._begin(replica)
+        for replica in self.replicas:
+            was_draining, replica.draining = replica.draining, replica.number >= num
+            if replica.draining and not was_draining and replica.up:
+                self._router.down(replica.number)
+                self._retire_if_idle(replica)
+            elif was_draining and not replica.draining:
+                if replica.up:
+                    self._router.up(replica.number, replica.engine, self.now_s)
+                else:
+                    self._restart(replica)
+
+    def _retire_if_idle(self, replica: Replica) -> None:
+        """A replica that is scaled away is gone when it has served all."""
+        if replica.draining and replica.up and not replica.requests:
+            replica.up = False
+            if self._exchange is not None:
+                self._exchange.down(replica)
 
     def _follow(self, replica: Replica) -> None:
         """Wait for the engine's next event."""
         engine = replica.engine
-        self._router.changed(replica.number, self.now_s)
+        if not replica.draining:
+            self._router.changed(replica.number, self.now_s)
         if engine.next_s < math.inf and engine.next_s != replica.awaited_s:
             replica.awaited_s = engine.next_s
             self._at(engine.next_s, _Event.STEP, (replica, engine))
@@ -350,14 +385,3 @@ class Simulation:
     def _at(self, at_s: float, kind: _Event, subject: Any) -> None:
         self._num_events += 1
         heapq.heappush(self._events, (at_s, kind, self._num_events, subject))
-
-
-def _credit(replica: Replica, request: SimulatedRequest) -> None:
-    """Add what a request has got since the last time to its replica's totals."""
-    if not request.num_output:
-        return
-    if not request.num_reported:
-        replica.prompt_tokens[request.tenant] = replica.prompt_tokens.get(request.tenant, 0) + request.prompt_tokens
-    new = request.num_output - request.num_reported
-    replica.output_tokens[request.tenant] = replica.output_tokens.get(request.tenant, 0) + new
-    request.num_reported = request.num_output

@@ -173,7 +173,11 @@ class FairnessChecker:
         return Gap(tenants=tuple(leaders), gap=gap, bound=bound, ratio=gap / bound, stray=stray)
 
     def _group(self, tenant: str) -> _Group:
-        return self._groups.setdefault(self._group_of.get(tenant, ""), _Group())
+        name = self._group_of.get(tenant, "")
+        group = self._groups.get(name)
+        if group is None:
+            group = self._groups[name] = _Group()
+        return group
 
     def _begin_anew(self, tenant: str, group: str) -> None:
         waits = tenant in self._group(tenant).periods

@@ -234,6 +234,8 @@ class _AdaptiveMixin(Scheduler):
         missing = self._memory.num_missing_blocks()
         if missing == 0 or not self.preemptor.lead(is_fair=self.admission is not None and self.admission.core.is_fair):
             return False
+        if self.admission is not None:
+            self.admission.settle()  # victims are chosen by what tenants have had, to the token
         candidates = [self._candidate(request) for request in self.running]
         decisions = self.preemptor.choose(candidates, self._pressure(num_needed_blocks=missing))
         self._decided = {decision.request_id: decision for decision in decisions}

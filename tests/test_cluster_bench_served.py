@@ -81,7 +81,7 @@ def test_servers_are_driven_in_turns_and_compared_with_the_one_that_is_stock(
     assert report["settings"]["models"] == [MODEL, MODEL]
     assert list(report["arms"]) == ["stock", "ours"]
     assert report["ratio_to_stock"]["ours"]["throughput_tokens_per_s"]["low"] > 0
-    assert page(read_result(file)).count("<svg") == 2
+    assert page(read_result(file)).count("<svg") == 3
     assert 0 < report["calibration"]["s_per_output_token"] < 1
     for arm in report["arms"].values():
         assert len(arm["repeats"]) == 2

@@ -47,6 +47,7 @@ def test_what_cannot_be_is_refused(option: list[str], capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.startswith("Error: ")
 
 
+@pytest.mark.slow
 def test_a_thousand_replicas_with_ten_thousand_tenants_give_the_same_bytes(tmp_path: Path) -> None:
     texts = []
     for name in ("a", "b"):
