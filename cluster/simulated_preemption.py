@@ -83,12 +83,14 @@ class SimulatedPreemption:
         if not self.preemptor.ahead or self.swaps is None or len(engine.running) < 2:
             return False
         missing = engine.running.num_missing_blocks()
-        if missing == 0 or not self.preemptor.lead(is_fair=engine.fair is not None):
+        if missing == 0:
             return False
         engine.running.settle()
         if engine.fair is not None:
             engine.fair.settle()
         candidates = [self._candidate(engine, request) for request in engine.running]
+        if not self.preemptor.lead(candidates):
+            return False
         decisions = self.preemptor.choose(candidates, self._pressure(engine, missing, now_s))
         self._decided = {decision.request_id: decision for decision in decisions}
         for request in [request for request in engine.running if request.request_id in self._decided]:

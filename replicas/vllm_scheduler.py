@@ -232,11 +232,13 @@ class _AdaptiveMixin(Scheduler):
         if not self.preemptor.ahead or self._memory is None or self._unsafe is not None or len(self.running) < 2:
             return False
         missing = self._memory.num_missing_blocks()
-        if missing == 0 or not self.preemptor.lead(is_fair=self.admission is not None and self.admission.core.is_fair):
+        if missing == 0:
             return False
         if self.admission is not None:
             self.admission.settle()  # victims are chosen by what tenants have had, to the token
         candidates = [self._candidate(request) for request in self.running]
+        if not self.preemptor.lead(candidates):
+            return False
         decisions = self.preemptor.choose(candidates, self._pressure(num_needed_blocks=missing))
         self._decided = {decision.request_id: decision for decision in decisions}
         now_s = time.monotonic()

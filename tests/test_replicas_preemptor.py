@@ -44,8 +44,9 @@ class Engine:
         """A shortage: our choice where the preemptor leads, else vLLM's victim."""
         self.num += 1
         victim = msgspec.structs.replace(LARGE, request_id=f"r{self.num}")
-        if self.preemptor.ahead and self.preemptor.lead(is_fair=False):
-            (decision,) = self.preemptor.choose([candidate("leader", 16), victim], pressure())
+        running = [candidate("leader", 16), victim]
+        if self.preemptor.ahead and self.preemptor.lead(running):
+            (decision,) = self.preemptor.choose(running, pressure())
         else:
             decision = self.preemptor.decide(victim, pressure())
         assert decision.request_id == victim.request_id
@@ -112,11 +113,11 @@ def test_a_guarded_policy_still_takes_from_the_most_served_tenant_where_tenants_
     assert preemptor.guarded
     while preemptor.guard.allow_probe():  # type: ignore[union-attr]
         pass  # the next one is none
-    assert not preemptor.lead(is_fair=False)
-    assert preemptor.lead(is_fair=True)
+    assert not preemptor.lead([candidate("one", 320, service=5.0), candidate("two", 320, service=5.0)])
     running = [
         candidate("light", 320, service=1.0), candidate("flood", 320, service=9.0), candidate("newest", 320, service=1.0)
     ]  # fmt: skip
+    assert preemptor.lead(running)
     (decision,) = preemptor.choose(running, pressure())
     assert (decision.request_id, decision.action) == ("flood", Action.RECOMPUTE)
 
