@@ -9,7 +9,7 @@ ARGS ?=
 help:
 	@echo "make serve      set up what is missing, start two replicas, print the endpoint, stay until Ctrl-C"
 	@echo "                (options in ARGS: make serve ARGS='--replicas 1 --port 8001')"
-	@echo "make test       set up and run the tests (15 minutes at most)"
+	@echo "make test       set up and run the tests (about half an hour on two cores)"
 	@echo "make test-all   every test, as long as it takes"
 	@echo "make check      format, lint, types, architecture, known vulnerabilities"
 	@echo "make bench      compare preemption policies on this machine"

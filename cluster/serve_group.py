@@ -87,7 +87,11 @@ class EngineGroup:
         with ThreadPoolExecutor(len(self._arms)) as threads:
             pairs = zip(self._arms, parts, strict=True)
             running = [threads.submit(arm.run, part, limit_s=limit_s) for arm, part in pairs]
-            return [one.result() for one in running]
+            try:
+                return [one.result() for one in running]
+            except BaseException:  # an interrupt, too: the threads wait for engines that would go on to their end
+                self.close()
+                raise
 
     def close(self) -> None:
         """End all engines and what runs beside them."""
