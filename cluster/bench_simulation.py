@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tenants", type=int, default=20, help="tenants; a fifth of them send half (default: 20)")
     parser.add_argument("--policy", default=",".join(POLICIES), metavar="A,B", help="of those of simulate")
     parser.add_argument("--admission", choices=ADMISSIONS, default=FIRST_COME, help="who is admitted next")
+    parser.add_argument(
+        "--known-lengths", action="store_true", help="leave out what predicting each request's length costs an ingress"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the requests (default: 0)")
 
 
@@ -49,7 +52,8 @@ def main(options: argparse.Namespace) -> int:
         return 2
     given = argparse.ArgumentParser()
     simulate.add_arguments(given)
-    arguments = given.parse_args(["--replicas", str(options.replicas)])
+    lengths = ["--known-lengths"] * options.known_lengths
+    arguments = given.parse_args(["--replicas", str(options.replicas), *lengths])
     try:
         kinds = [
             replace(kind_of(arguments, timed(arguments), policy=policy), admission=options.admission)
