@@ -48,7 +48,7 @@ def run_command(
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started_s:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    try:
+    def carried_out() -> int:
         if options.describe:
             print(described(options))
             return 0
@@ -60,19 +60,31 @@ def run_command(
             options.json.write_text(json.dumps(report, indent=2) + "\n")
             if "partial" not in report:
                 cast(Path, parts_file(options.json)).unlink(missing_ok=True)
+        return status_of(report)
+
+    try:
+        return said(carried_out, interrupted="Interrupted; all engines are ended.")
+    except RuntimeError as error:  # an engine or a server has failed
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+
+
+def said(work: Callable[[], int], *, interrupted: str = "Interrupted.") -> int:
+    """Do a command's work; return its exit status, with one sentence on standard error for what it raises.
+
+    2 for what is wrong with an option or a file, 130 when it was interrupted. Whatever else is raised goes on.
+    """
+    try:
+        return work()
     except OSError as error:
         print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("Interrupted; all engines are ended.", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
-    return status_of(report)
 
 
 def status_of(report: dict[str, Any]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster import figures_plot
 from cluster.bench_arm import OFFLOAD, STOCK
-from cluster.bench_command import command_line
+from cluster.bench_command import command_line, said
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
 from cluster.distributions import distributions
 from cluster.fairness_watch import FairnessFigures
@@ -86,28 +86,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Simulate; 0, 2 for a wrong option or trace, 130 when interrupted."""
-    try:
-        if options.describe:
-            dropped = Counter[str]()
-            print(describe(workload_of(options, DEFAULT).requests(dropped), dropped))
-            return 0
-        if options.plot:
-            figures_plot.check_target(options.plot)
-        report = simulate(options)
-        print(report.pop("table"))
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
-        if options.plot and "arms" in report:
-            figures_plot.draw(report, options.plot)
-    except OSError as error:
-        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    return said(lambda: _main(options))
+
+
+def _main(options: argparse.Namespace) -> int:
+    if options.describe:
+        dropped = Counter[str]()
+        print(describe(workload_of(options, DEFAULT).requests(dropped), dropped))
+        return 0
+    if options.plot:
+        figures_plot.check_target(options.plot)
+    report = simulate(options)
+    print(report.pop("table"))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.plot and "arms" in report:
+        figures_plot.draw(report, options.plot)
     return 0
 
 

@@ -12,12 +12,12 @@ Every recorded request is simulated with its arrival and lengths, in an engine o
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.bench_command import said
 from cluster.bench_figures import Calibration, figures
 from cluster.records import RequestRecord
 from cluster.routing import RoundRobin
@@ -55,19 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Compare; 0, or 2 for a wrong option or record."""
-    try:
+    """Compare; 0, 2 for a wrong option or record, 130 when interrupted."""
+
+    def compare() -> int:
         report = _report(options)
         print(table(report))
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return said(compare)
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:

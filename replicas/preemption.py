@@ -1,8 +1,8 @@
 """Who gives way, and whether the KV blocks of a victim are swapped out or recomputed.
 
 Rules: values in, explained decisions out; no clock, no engine, no randomness. Engine and simulator call the same objects.
-- A fixed policy takes the last running request of the most-served tenant, which is vLLM's victim (the last of all) where
-  tenants are not told apart, and always the same action where it can.
+- A fixed policy takes always the same action where it can. Engines ask it about vLLM's own victim; asked among several, as
+  under the guard, it takes the last running request of the most-served tenant, which is vLLM's where tenants do not differ.
 - The adaptive policy chooses pairs of victim and action by the lowest price per useful block.
 - A victim whose blocks cannot be swapped (unsafe here, nothing computed, no room) is recomputed, whoever decides.
 """
