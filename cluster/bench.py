@@ -9,6 +9,7 @@ Rules:
 """
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import bench_baseline, bench_served, figures_plot, models, served_plan
-from cluster.bench_arm import ADMISSIONS, FIRST_COME, OFFLOAD, STOCK, EngineSettings
+from cluster.bench_arm import ADMISSIONS, FIRST_COME, OFFLOAD, OWNED_ARGUMENTS, STOCK, EngineSettings
 from cluster.bench_command import command_line, machine_facts, parts_file, run_command
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratios_to_stock, table
 from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder, number_in
@@ -47,7 +48,7 @@ ARMS = {"policy": "stock,swap", "admission": FIRST_COME}
 
 ENGINE_OPTIONS = (
     "known_lengths", "model", "random_model", "pool_fraction", "host_pool_bytes", "max_num_seqs", "threads",
-    "off_pressure", "check_exact",
+    "engine_kwargs", "off_pressure", "check_exact",
 )  # fmt: skip
 """Of the engines that the benchmark starts."""
 
@@ -86,6 +87,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-pool-bytes", type=int, default=1 << 28, help="for swapped blocks (default: 256 MiB)")
     parser.add_argument("--max-num-seqs", type=int, help="requests that run at once (default: 32)")
     parser.add_argument("--threads", type=int, default=1, help="threads of an engine (default: 1)")
+    parser.add_argument(
+        "--engine-kwargs", metavar="JSON", help='further vLLM arguments of all engines, such as {"enforce_eager": true}'
+    )
     parser.add_argument("--limit-s", type=float, default=600.0, help="a run's longest duration (default: 600)")
     parser.add_argument(
         "--off-pressure", action="store_true", help="ample memory and 256 requests at once: what the scheduler costs"
@@ -141,7 +145,7 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
         ValueError: An option is wrong, or does not fit the model.
     """
     arms = {name: default if (named := getattr(options, name)) is None else named for name, default in ARMS.items()}
-    given = vars(options) | preset(options) | arms
+    given, engine_kwargs = vars(options) | preset(options) | arms, read_engine_kwargs(options.engine_kwargs)
     accelerator = "gpu" if has_nvidia_gpu() else "cpu"
     check_options(given, accelerator)
     workload = workload_of(options, default=given["trace"])
@@ -165,6 +169,7 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
         accelerator=accelerator,
         weights=dict(workload.weights()),
         known_lengths=options.known_lengths,
+        engine_kwargs=engine_kwargs,
     )
     return Plan(
         policies=tuple(arms["policy"].split(",")),
@@ -235,6 +240,23 @@ def check_options(given: dict[str, Any], accelerator: str) -> None:
         raise ValueError("--pool-fraction must be between 0 and 1.")
     if given["host_pool_bytes"] < 0:
         raise ValueError("--host-pool-bytes must not be negative; 0 turns swapping off.")
+
+
+def read_engine_kwargs(text: str | None) -> dict[str, Any]:
+    """Further arguments of vLLM's engine.
+
+    Raises:
+        ValueError: It is no JSON object, or sets what the benchmark sets.
+    """
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError("--engine-kwargs must be a JSON object of vLLM's engine arguments: correct it.")
+    if owned := sorted(OWNED_ARGUMENTS & set(arguments)):
+        raise ValueError(f"--engine-kwargs must not set {owned[0]}, which the benchmark sets: leave it out.")
+    return arguments
 
 
 def _check_arms(given: dict[str, Any], accelerator: str) -> None:

@@ -34,6 +34,14 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
+GPU_MEMORY = 0.9
+"""Part of a GPU's memory that all engines of a benchmark take together."""
+
+OWNED_ARGUMENTS = frozenset(
+    {"model", "scheduler_cls", "kv_transfer_config", "num_gpu_blocks_override", "max_model_len", "max_num_seqs"}
+)
+"""vLLM's arguments that a benchmark sets itself."""
+
 BATCHED_TOKENS = 4096
 """Tokens of one step at least, as in the product: prefills stay in one piece on CPU."""
 
@@ -72,6 +80,12 @@ class EngineSettings:
     swap: dict[str, Any] = field(default_factory=dict)
     """Further settings of the connector (`replicas.config.SwapConfig`)."""
 
+    memory_share: float = 1.0
+    """Of what engines may take of a GPU's memory; arms share one GPU."""
+
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine, as in the product's settings."""
+
     learn: bool = True
     """Whether a run prices preemptions by what the runs before have taught."""
 
@@ -92,6 +106,8 @@ class EngineSettings:
         }
         if self.accelerator == "cpu":
             arguments["enable_chunked_prefill"] = False
+        else:
+            arguments["gpu_memory_utilization"] = GPU_MEMORY * self.memory_share
         if self.num_kv_blocks is not None:
             arguments["num_gpu_blocks_override"] = self.num_kv_blocks
             if self.accelerator == "cpu":
@@ -114,7 +130,7 @@ class EngineSettings:
                     **self.swap,
                 },
             }
-        return arguments
+        return arguments | self.engine_kwargs
 
 
 def arm_names(policies: Sequence[str], admissions: Sequence[str]) -> tuple[str, ...]:

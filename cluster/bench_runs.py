@@ -77,7 +77,7 @@ class Plan:
     def as_report(self) -> dict[str, Any]:
         """Settings as they stand in the result file; of the model's folder only its name."""
         engine = asdict(self.engine) | {"model": Path(self.engine.model).name}
-        del engine["policy"], engine["admission"], engine["learn"]
+        del engine["policy"], engine["admission"], engine["learn"], engine["memory_share"]
         return (
             engine
             | self.workload.as_report()
@@ -152,7 +152,8 @@ def run_arms(
         for policy, settings in plan.arms.items() if full_repeats(names, repeats, progress) < repeats else ():
             say(f"Starting arm {policy} ...")
             log = scratch / f"{policy.replace('/', '-')}.log"
-            arms[policy] = stack.enter_context(Arm(replace(settings, num_kv_blocks=num_blocks), log))
+            share = replace(settings, num_kv_blocks=num_blocks, memory_share=1 / len(names))
+            arms[policy] = stack.enter_context(Arm(share, log))
         for policy, arm in arms.items():
             say(f"Warming up {policy} ...")
             arm.run(plan.workloads[0], limit_s=plan.limit_s)

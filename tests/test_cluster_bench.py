@@ -139,6 +139,16 @@ def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
     assert "AsyncScheduler" in EngineSettings(policy="swap", **gpu).engine_arguments()["scheduler_cls"]
     unlimited = EngineSettings(policy="stock", **settings | {"num_kv_blocks": None})
     assert "num_gpu_blocks_override" not in unlimited.engine_arguments()
+    third = EngineSettings(policy="stock", memory_share=1 / 3, engine_kwargs={"enforce_eager": True}, **gpu)
+    assert third.engine_arguments()["gpu_memory_utilization"] == pytest.approx(0.3)  # three arms share one GPU
+    assert third.engine_arguments()["enforce_eager"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"model": "other"}', '{"scheduler_cls": "x.Y"}'])
+def test_engine_arguments_that_are_none_or_set_by_the_benchmark_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--engine-kwargs"):
+        bench.read_engine_kwargs(text)
+    assert bench.read_engine_kwargs('{"enforce_eager": true}') == {"enforce_eager": True}
 
 
 DONE = RunResult(
