@@ -9,7 +9,6 @@ Rules:
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import bench_baseline, bench_served, figures_plot, models, served_plan
-from cluster.bench_arm import ADMISSIONS, FIRST_COME, OFFLOAD, OWNED_ARGUMENTS, STOCK, EngineSettings
+from cluster.bench_arm import ADMISSIONS, FIRST_COME, OFFLOAD, STOCK, EngineSettings, read_engine_kwargs
 from cluster.bench_command import command_line, machine_facts, parts_file, run_command
 from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratios_to_stock, table
 from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder, number_in
@@ -240,23 +239,6 @@ def check_options(given: dict[str, Any], accelerator: str) -> None:
         raise ValueError("--pool-fraction must be between 0 and 1.")
     if given["host_pool_bytes"] < 0:
         raise ValueError("--host-pool-bytes must not be negative; 0 turns swapping off.")
-
-
-def read_engine_kwargs(text: str | None) -> dict[str, Any]:
-    """Further arguments of vLLM's engine.
-
-    Raises:
-        ValueError: It is no JSON object, or sets what the benchmark sets.
-    """
-    try:
-        arguments = json.loads(text or "{}")
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError("--engine-kwargs must be a JSON object of vLLM's engine arguments: correct it.")
-    if owned := sorted(OWNED_ARGUMENTS & set(arguments)):
-        raise ValueError(f"--engine-kwargs must not set {owned[0]}, which the benchmark sets: leave it out.")
-    return arguments
 
 
 def _check_arms(given: dict[str, Any], accelerator: str) -> None:

@@ -133,6 +133,23 @@ class EngineSettings:
         return arguments | self.engine_kwargs
 
 
+def read_engine_kwargs(text: str | None) -> dict[str, Any]:
+    """Further arguments of vLLM's engine.
+
+    Raises:
+        ValueError: It is no JSON object, or sets what the benchmark sets.
+    """
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError("--engine-kwargs must be a JSON object of vLLM's engine arguments: correct it.")
+    if owned := sorted(OWNED_ARGUMENTS & set(arguments)):
+        raise ValueError(f"--engine-kwargs must not set {owned[0]}, which the benchmark sets: leave it out.")
+    return arguments
+
+
 def arm_names(policies: Sequence[str], admissions: Sequence[str]) -> tuple[str, ...]:
     """Names of all arms: the policy's, after the admission's where there are several."""
     if len(admissions) == 1:

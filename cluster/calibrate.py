@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import models
-from cluster.bench_arm import ENVIRONMENT, EngineSettings
+from cluster.bench_arm import ENVIRONMENT, EngineSettings, read_engine_kwargs
 from cluster.bootstrap import has_nvidia_gpu
 from cluster.config import DEFAULT_MODEL, default_home
 from cluster.prompts import RequestSpec
@@ -26,7 +26,7 @@ from cost_service.snapshot import CostSnapshot
 from replicas.preemption_meter import Measurement
 
 BLOCK_SIZE = 32
-MAX_NUM_SEQS = 16
+HOST_POOL_BYTES = {"cpu": 1 << 30, "gpu": 1 << 33}
 POOL_FRACTION = 0.3
 """KV blocks, of those that as many of the largest requests as run at once would use."""
 
@@ -38,6 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="folder to write, which must not exist"
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder of the model (default: that of `make serve`)")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="read only the model's config.json and make its weights up"
+    )
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=16, help="requests that run at once (default: 16; for a GPU some 64)"
+    )
+    parser.add_argument(
+        "--length-scale",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="factor on the requests' lengths (default: 1, prompts of 150 tokens; for a GPU some 4)",
+    )
+    parser.add_argument("--engine-kwargs", metavar="JSON", help="further vLLM arguments of the engine")
     parser.add_argument("--rounds", type=int, default=13, help="rounds of requests (default: 13, about five minutes)")
     parser.add_argument("--requests", type=int, default=48, help="requests of a round (default: 48)")
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of the engine (default: 1)")
@@ -60,9 +74,9 @@ def calibrate(options: argparse.Namespace) -> None:
     Raises:
         ValueError: An option is wrong.
     """
-    for name in ("rounds", "requests", "threads"):
+    for name in ("rounds", "requests", "threads", "max_num_seqs"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be above 0.")
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0.")
     if options.output.exists():
         raise ValueError(f"--output {options.output} exists: name a folder that does not.")
     folder = models.require(options.model, default_home())
@@ -70,24 +84,26 @@ def calibrate(options: argparse.Namespace) -> None:
         raise ValueError("--model must be a folder: download the model first.")
     vocabulary = int(str(models.read_config(folder)["vocab_size"]))
     trace = f"{TRACE},requests={options.requests},vocab={vocabulary}"
-    rounds = [Workload(trace=trace, seed=number).prompted(vocabulary) for number in range(options.rounds)]
+    workload = Workload(trace=trace, length_scale=options.length_scale)
+    rounds = [replace(workload, seed=number).prompted(vocabulary) for number in range(options.rounds)]
     os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": str(options.threads)})  # before vLLM is imported
-    measured = measure(settings_of(folder, rounds, options.threads), rounds)
+    measured = measure(settings_of(folder, rounds, options), rounds)
     options.output.mkdir(parents=True)
     shutil.copy(folder / "config.json", options.output / "config.json")
     write_calibration(options.output, *measured)
 
 
-def settings_of(folder: Path, rounds: list[tuple[RequestSpec, ...]], threads: int) -> EngineSettings:
+def settings_of(folder: Path, rounds: list[tuple[RequestSpec, ...]], options: argparse.Namespace) -> EngineSettings:
     """An engine whose memory is short for these requests."""
     largest = sorted((-(-one.num_tokens // BLOCK_SIZE) for requests in rounds for one in requests), reverse=True)
+    accelerator = "gpu" if has_nvidia_gpu() else "cpu"
     return EngineSettings(
         model=str(folder), policy="random",
-        num_kv_blocks=max(int(POOL_FRACTION * sum(largest[:MAX_NUM_SEQS])), largest[0] + 1) + 1,
-        host_pool_bytes=1 << 30, max_num_seqs=MAX_NUM_SEQS,
+        num_kv_blocks=max(int(POOL_FRACTION * sum(largest[: options.max_num_seqs])), largest[0] + 1) + 1,
+        host_pool_bytes=HOST_POOL_BYTES[accelerator], max_num_seqs=options.max_num_seqs,
         max_model_len=max(one.num_tokens for requests in rounds for one in requests) + 1, block_size=BLOCK_SIZE,
-        dtype="auto", load_format="auto", threads=threads, accelerator="gpu" if has_nvidia_gpu() else "cpu",
-        swap={"guard": False},
+        dtype="auto", load_format="dummy" if options.random_weights else "auto", threads=options.threads,
+        accelerator=accelerator, swap={"guard": False}, engine_kwargs=read_engine_kwargs(options.engine_kwargs),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from cluster import bench
-from cluster.bench_arm import EngineSettings
+from cluster.bench_arm import EngineSettings, read_engine_kwargs
 from cluster.bench_progress import Progress
 from cluster.bench_runs import run_arms
 from cluster.bootstrap import has_nvidia_gpu
@@ -147,8 +147,8 @@ def test_stock_is_vllms_own_scheduler_without_a_connector() -> None:
 @pytest.mark.parametrize("text", ["[1]", "{", '{"model": "other"}', '{"scheduler_cls": "x.Y"}'])
 def test_engine_arguments_that_are_none_or_set_by_the_benchmark_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--engine-kwargs"):
-        bench.read_engine_kwargs(text)
-    assert bench.read_engine_kwargs('{"enforce_eager": true}') == {"enforce_eager": True}
+        read_engine_kwargs(text)
+    assert read_engine_kwargs('{"enforce_eager": true}') == {"enforce_eager": True}
 
 
 DONE = RunResult(
