@@ -47,7 +47,7 @@ ARMS = {"policy": "stock,swap", "admission": FIRST_COME}
 
 ENGINE_OPTIONS = (
     "known_lengths", "model", "random_model", "pool_fraction", "host_pool_bytes", "max_num_seqs", "threads",
-    "engine_kwargs", "off_pressure", "check_exact",
+    "engine_kwargs", "warm_up_s", "off_pressure", "check_exact",
 )  # fmt: skip
 """Of the engines that the benchmark starts."""
 
@@ -90,6 +90,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine-kwargs", metavar="JSON", help='further vLLM arguments of all engines, such as {"enforce_eager": true}'
     )
     parser.add_argument("--limit-s", type=float, default=600.0, help="a run's longest duration (default: 600)")
+    parser.add_argument(
+        "--warm-up-s", type=float, help="a warm-up's longest duration (default: that of a run; for a GPU some seconds)"
+    )
     parser.add_argument(
         "--off-pressure", action="store_true", help="ample memory and 256 requests at once: what the scheduler costs"
     )
@@ -179,6 +182,7 @@ def plan_of(options: argparse.Namespace, scratch: Path) -> Plan:
         engine=engine,
         pool_fraction=given["pool_fraction"],
         limit_s=options.limit_s,
+        warm_up_s=min(options.limit_s, options.warm_up_s or options.limit_s),
         check_exact=options.check_exact,
     )
 
@@ -232,7 +236,9 @@ def check_options(given: dict[str, Any], accelerator: str) -> None:
     _check_arms(given, accelerator)
     if given["check_exact"] and not given["model"] and given["random_model"] in DUMMY:
         raise ValueError("--check-exact needs weights: name a --model, or a smaller --random-model.")
-    for name in ("repeats", "max_num_seqs", "threads", "limit_s"):
+    for name in ("repeats", "max_num_seqs", "threads", "limit_s", "warm_up_s"):
+        if given[name] is None:
+            continue
         if not given[name] > 0 or math.isinf(given[name]):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0 and finite.")
     if not 0 <= given["pool_fraction"] <= 1:

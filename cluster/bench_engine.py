@@ -147,6 +147,7 @@ class Engine:
                 times_s[output.request_id].append(now_s)
             self._end([by_id[output.request_id] for output in outputs], tokens)
         self.engine.abort_request(list(inner_ids))  # what is unfinished at the limit
+        self._drain()
         return RunResult(
             records=[
                 self._record(request, inner_ids.get(request.request_id), times_s[request.request_id], tokens)
@@ -159,6 +160,12 @@ class Engine:
             preemption_costs=self._preemption_costs(),
             tokens=tokens,
         )
+
+    def _drain(self) -> None:
+        """Take the steps that an asynchronous scheduler has under way, so that a run begins with an idle engine."""
+        core = self.engine.engine_core.engine_core
+        while core.batch_queue:
+            self.engine.step()
 
     def _add(self, request: RequestSpec) -> str:
         from vllm import SamplingParams, TokensPrompt

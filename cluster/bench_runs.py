@@ -24,7 +24,7 @@ from cluster.prompts import RequestSpec
 from cluster.records import RequestRecord, RunResult
 from cluster.workload import Workload
 
-CALIBRATION_LENGTHS, CALIBRATION_TIMES, CHECKED_REQUESTS = 5, 3, 20
+CALIBRATION_LENGTHS, CALIBRATION_TIMES, CALIBRATION_TOKENS, CHECKED_REQUESTS = 5, 3, 128, 20
 
 Say = Callable[[str], None]
 
@@ -47,6 +47,9 @@ class Plan:
 
     pool_fraction: float
     limit_s: float
+    warm_up_s: float
+    """A warm-up's longest duration; what is unfinished then is given up."""
+
     check_exact: bool
 
     @property
@@ -89,6 +92,7 @@ class Plan:
                 "repeats": len(self.workloads),
                 "pool_fraction": self.pool_fraction,
                 "limit_s": self.limit_s,
+                "warm_up_s": self.warm_up_s,
                 "check_exact": self.check_exact,
             }
         )
@@ -115,7 +119,8 @@ def calibrate(
     """
     rng = random.Random(0)
     prompts = sorted(workload, key=lambda request: len(request.prompt_token_ids))
-    num_output = max(2, round(statistics.median(request.output_tokens for request in workload)))
+    median_output = round(statistics.median(request.output_tokens for request in workload))
+    num_output = min(max(2, median_output), CALIBRATION_TOKENS)
     places = [round(i * (len(prompts) - 1) / (CALIBRATION_LENGTHS - 1)) for i in range(CALIBRATION_LENGTHS)]
     chosen = [replace(prompts[place], output_tokens=num_output) for place in places] * CALIBRATION_TIMES
     checked = rng.sample(workload, min(CHECKED_REQUESTS, len(workload)))
@@ -156,7 +161,7 @@ def run_arms(
             arms[policy] = stack.enter_context(Arm(share, log))
         for policy, arm in arms.items():
             say(f"Warming up {policy} ...")
-            arm.run(plan.workloads[0], limit_s=plan.limit_s)
+            arm.run(plan.workloads[0], limit_s=plan.warm_up_s)
 
         def run(repeat: int, policy: str) -> dict[str, Any]:
             return asdict(arms[policy].run(plan.workloads[repeat], limit_s=plan.limit_s))
