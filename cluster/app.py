@@ -13,7 +13,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster import keys, models
-from cluster.config import SCHEDULERS, AppArgs
+from cluster.config import GPU_ENVIRONMENT, SCHEDULERS, AppArgs
 from cluster.http_app import make_app
 from cluster.ingress import ENDPOINTS, AdaptiveIngress
 from cluster.ray_internals import maybe_apply_llm_deployment_config_defaults, to_model_metadata
@@ -114,8 +114,7 @@ def make_llm_config(settings: AppArgs, folder: Path | None) -> LLMConfig:
     else:
         deployment["ray_actor_options"] = {"num_cpus": replicas.num_cpus}
         values["accelerator_type"] = replicas.gpu_type
-        # Model runner v2 copies victims out after it may have overwritten them; v1 before.
-        env_vars |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+        env_vars |= GPU_ENVIRONMENT
     return LLMConfig(**values, deployment_config=deployment, runtime_env={"env_vars": env_vars})
 
 

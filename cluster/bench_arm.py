@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.config import SCHEDULERS
+from cluster.config import GPU_ENVIRONMENT, SCHEDULERS
 from cluster.prompts import RequestSpec
 from cluster.records import RunResult
 from replicas.fair_queue import Admission
@@ -172,6 +172,8 @@ class Arm:
         """
         self.settings, self._log, self._unread = settings, log, b""
         ours = ENVIRONMENT | {"OMP_NUM_THREADS": str(settings.threads)} | dict(environment or {})
+        if settings.accelerator == "gpu" and settings.policy not in (STOCK, OFFLOAD):
+            ours |= GPU_ENVIRONMENT
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cluster.bench_engine"],

@@ -16,7 +16,7 @@ from typing import Any
 from cluster import models
 from cluster.bench_arm import ENVIRONMENT, EngineSettings, read_engine_kwargs
 from cluster.bootstrap import has_nvidia_gpu
-from cluster.config import DEFAULT_MODEL, default_home
+from cluster.config import DEFAULT_MODEL, GPU_ENVIRONMENT, default_home
 from cluster.prompts import RequestSpec
 from cluster.workload import Workload
 from cost_service.calibration import MeasuredPreemption, write_calibration
@@ -86,8 +86,10 @@ def calibrate(options: argparse.Namespace) -> None:
     trace = f"{TRACE},requests={options.requests},vocab={vocabulary}"
     workload = Workload(trace=trace, length_scale=options.length_scale)
     rounds = [replace(workload, seed=number).prompted(vocabulary) for number in range(options.rounds)]
-    os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": str(options.threads)})  # before vLLM is imported
-    measured = measure(settings_of(folder, rounds, options), rounds)
+    settings = settings_of(folder, rounds, options)
+    environment = ENVIRONMENT | (GPU_ENVIRONMENT if settings.accelerator == "gpu" else {})
+    os.environ.update(environment | {"OMP_NUM_THREADS": str(options.threads)})  # before vLLM is imported
+    measured = measure(settings, rounds)
     options.output.mkdir(parents=True)
     shutil.copy(folder / "config.json", options.output / "config.json")
     write_calibration(options.output, *measured)

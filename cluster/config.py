@@ -25,6 +25,9 @@ SCHEDULERS = {
 }
 """CPU engines schedule synchronously, GPU engines ahead of the running step."""
 
+GPU_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""Of engines with our connector: vLLM's second model runner calls it after a step may have overwritten a victim's blocks."""
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -63,6 +63,8 @@ class _AdaptiveMixin(Scheduler):
         self._epoch = os.urandom(8).hex()
         self._swap = self.connector if isinstance(self.connector, SwapConnector) else None
         self._unsafe = self._why_no_swap()
+        if self._swap is not None and self._unsafe is not None:
+            logger.warning("Nothing is swapped in this engine: %s.", self._unsafe)
         config = self._swap.config if self._swap else None
         self.preemptor = Preemptor(
             config.preemption if config else PreemptionPolicy.RECOMPUTE,

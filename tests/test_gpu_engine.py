@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.config import GPU_ENVIRONMENT
 from tests.engine_runs import AMPLE_BLOCKS, GREEDY, Run, run_engine
 
-os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+os.environ.update({"TRITON_F32_DEFAULT": "ieee"} | GPU_ENVIRONMENT)
 
 pytestmark = [
     pytest.mark.gpu,
