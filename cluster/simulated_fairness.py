@@ -156,9 +156,8 @@ class FairWaiting:
 
     def _charge(self) -> None:
         """Charge running requests up to where they are written down to be."""
-        token_us = self._token_us()
-        for request in self.engine.running:
-            self.core.delivered(request.request_id, request.num_output, token_us=token_us)
+        totals = ((request.request_id, request.num_output) for request in self.engine.running)
+        self.core.delivered_to(totals, token_us=self._token_us())
 
     def _token_us(self) -> float:
         return self.step_s * 1e6 / max(1, len(self.engine.running))

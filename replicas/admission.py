@@ -13,7 +13,8 @@ Rules:
   used up by its output; what turns out too much is given back when it ends or gives way, and what is beyond is charged as
   it comes. It orders tenants and is never reported as service.
 - Who passes a request that does not fit is planned when it is its turn, and again when all of the plan were tried, for
-  behind them are others. Nobody passes a request without a stamp: those keep vLLM's order.
+  behind them are others. Nobody passes a request without a stamp: those keep vLLM's order. Nothing is planned, in this or
+  any later turn of the step, where nobody could be let in: no block is free, or the request has been passed enough.
 - No clock and no engine: engine and simulator drive the same object.
 
 Source: the order of charges is VTC's (arXiv:2401.00588, algorithm 2); vLLM 0.29 `v1/core/sched/scheduler.py` for the queues.
@@ -49,6 +50,9 @@ class AdmissionSettings:
 
     predicts_output: bool = False
     """Whether the predicted output of a running request counts in advance."""
+
+
+NOBODY = Plan(admits=[], reason="nobody could be let in")
 
 
 @dataclass(slots=True)
@@ -171,7 +175,13 @@ class RequestAdmission:
         if plan is not None:
             self._count(plan, has_blocks)
         left = room()
+        if left.num_free_blocks <= 0:
+            self._plan = NOBODY
+            return queue
         if left.fits(need(head.request_id)):
+            return queue
+        if self.bypass.is_spent(head.request_id):
+            self._plan = NOBODY
             return queue
         self._plan = self.bypass.plan([need(each.request_id) for each in self.order()], left)
         for each in (self.waiting, self.skipped):
@@ -227,6 +237,26 @@ class RequestAdmission:
             served = Served(num_output_tokens=num, engine_us=round(num * token_us))
             self._token_us = token_us
             self.service.charge(request_id if one.num_predicted_tokens else "", one.waiting.account, served)
+
+    def delivered_to(self, totals: Iterable[tuple[str, int]], *, token_us: float = 0.0) -> None:
+        """As `delivered`, of many requests: with one charge for each account, where nothing is held for requests.
+
+        Args:
+            totals: Ids of requests with all output that each has had so far.
+        """
+        requests, given = self._requests, dict[Account, int]()
+        for request_id, num_output_tokens in totals:
+            one = requests[request_id]
+            if one.num_predicted_tokens:
+                self.delivered(request_id, num_output_tokens, token_us=token_us)
+            elif (num := num_output_tokens - one.num_output_tokens) > 0:
+                one.num_output_tokens = num_output_tokens
+                account = one.waiting.account
+                given[account] = given.get(account, 0) + num
+        if given:
+            self._token_us = token_us
+        for account, num in given.items():
+            self.service.charge("", account, Served(num_output_tokens=num, engine_us=round(num * token_us)))
 
     def _left_service(self, one: _Request) -> float:
         """Service of the predicted output that a request has not had."""

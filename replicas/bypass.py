@@ -107,6 +107,10 @@ class Bypass:
         """Tokens that were admitted ahead of a blocked request so far."""
         return self._passed_tokens.get(request_id, 0)
 
+    def is_spent(self, request_id: str) -> bool:
+        """Whether nobody may go ahead of a blocked request any more."""
+        return self.passed_tokens(request_id) >= self.limit_tokens
+
     def plan(self, order: Sequence[Need], room: Room) -> Plan:
         """Decide a step.
 

@@ -147,9 +147,9 @@ class EngineAdmission:
 
     def settle(self) -> None:
         """Charge what the running requests were given since the last time."""
-        token_us, delivered = self._token_us(), self.core.delivered
-        for request in self._scheduler.running:
-            delivered(request.request_id, request.num_output_tokens, token_us=token_us)
+        running = self._scheduler.running
+        totals = ((request.request_id, request.num_output_tokens) for request in running)
+        self.core.delivered_to(totals, token_us=self._token_us())
 
     def ended(self, request: Request) -> None:
         """The request has finished, was aborted or has failed."""

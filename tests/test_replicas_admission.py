@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cost_service.charges import NOTHING, SYSTEM, Account, Served, ServiceKind, ServiceUnit
 from replicas.admission import AdmissionSettings, RequestAdmission
+from replicas.bypass import Need, Room
 from replicas.fair_queue import Admission
 from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Prices
@@ -135,3 +136,68 @@ def test_whatever_comes_of_predictions_the_key_at_the_end_is_the_service_given(
     own = [served for account, served in one.service.totals().items() if account.tenant == "f"]
     assert own == [Served(num_input_tokens=20, num_output_tokens=sum(delivered.values()))]
     assert one.service.tenant_key("f") == 20.0 + 2.0 * sum(delivered.values())
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9)), max_size=12), st.booleans())
+def test_many_are_charged_at_once_what_each_would_be(more: list[tuple[str, int]], predicts_output: bool) -> None:
+    one, other = (admission_of(predicts_output=predicts_output) for _ in range(2))
+    for each in (one, other):
+        for name in "abcd":
+            add(each, name, "f" if name < "c" else "g", predicted=20)
+        for _ in "abcd":
+            name = each.waiting.pop().request_id
+            each.admitted(name, num_computed_tokens=10, num_cached_tokens=0)
+    totals = dict.fromkeys("abcd", 0)
+    for name, num in more:
+        totals[name] += num
+        one.delivered_to(totals.items(), token_us=2.0)
+        for single, num_tokens in totals.items():
+            other.delivered(single, num_tokens, token_us=2.0)
+        assert one.service.totals() == other.service.totals()
+        assert [one.service.tenant_key(name) for name in "fg"] == [other.service.tenant_key(name) for name in "fg"]
+    one.check()
+
+
+def room_of(num_free_blocks: int) -> Room:
+    return Room(num_free_blocks=num_free_blocks, num_batch_tokens=100, num_seqs=100)
+
+
+@pytest.mark.parametrize(("num_free_blocks", "num_asked"), [(0, 0), (1, 3), (5, 1)])
+def test_without_a_free_block_nobody_is_asked_what_it_needs(num_free_blocks: int, num_asked: int) -> None:
+    one = admission_of()
+    for name in ("a", "b"):
+        add(one, name)
+    one.begin_step(1.0)
+    asked: list[str] = []
+
+    def need(request_id: str) -> Need:
+        asked.append(request_id)
+        return Need(request_id=request_id, num_blocks=4, num_tokens=10)
+
+    for _ in range(2):
+        assert one.select(lambda: room_of(num_free_blocks), need, lambda _: False) is one.waiting
+        assert one.waiting.peek().request_id == "a"
+    assert len(asked) == num_asked * (2 if num_free_blocks == 5 else 1)
+    one.check()
+
+
+def test_behind_one_that_was_passed_enough_nobody_is_asked_what_it_needs() -> None:
+    one = RequestAdmission(Admission.FAIR, AdmissionSettings(bypass_tokens=10))
+    for name in ("large", "small", "next"):
+        add(one, name)
+    asked: list[str] = []
+
+    def need(request_id: str) -> Need:
+        asked.append(request_id)
+        return Need(request_id=request_id, num_blocks=9 if request_id == "large" else 1, num_tokens=10)
+
+    for gone, num_asked in ((["small"], 4), ([], 1)):
+        asked.clear()
+        one.begin_step(1.0)
+        assert one.select(lambda: room_of(4), need, lambda _: False) is one.waiting
+        if gone:
+            assert one.waiting.pop().request_id == "small"
+        one.end_step(gone.__contains__)
+        assert len(asked) == num_asked
+    assert one.bypass.is_spent("large")
+    assert one.waiting.peek().request_id == "large"
