@@ -80,7 +80,8 @@ class SimulatedPreemption:
     def make_room(self, engine: "SimulatedEngine", now_s: float) -> bool:
         """Preempt ahead of the running loop what it would otherwise have to; whether anybody was."""
         engine.loading.sort(key=lambda request: not request.num_blocks)
-        if not self.preemptor.ahead or self.swaps is None or len(engine.running) < 2:
+        is_fair = engine.fair is not None and engine.fair.core.is_fair
+        if len(engine.running) < 2 or not self.preemptor.may_lead(is_fair=is_fair):
             return False
         missing = engine.running.num_missing_blocks()
         if missing == 0:

@@ -2,7 +2,7 @@
 
 Rules: values in, explained decisions out; no clock, no engine, no randomness. Engine and simulator call the same objects.
 - A fixed policy takes always the same action where it can. Engines ask it about vLLM's own victim; asked among several, as
-  under the guard, it takes the last running request of the most-served tenant, which is vLLM's where tenants do not differ.
+  where tenants are told apart, it takes the last running request of the most-served tenant, and never all.
 - The adaptive policy chooses pairs of victim and action by the lowest price per useful block.
 - A victim whose blocks cannot be swapped (unsafe here, nothing computed, no room) is recomputed, whoever decides.
 """
@@ -76,7 +76,7 @@ class FixedPolicy:
         """See `Policy`."""
         decisions: list[PreemptionDecision] = []
         remaining = sorted(candidates, key=lambda each: each.service)  # equal ones keep their order
-        while remaining and (not decisions or pressure.num_needed_blocks > 0):
+        while not decisions or (len(remaining) > 1 and pressure.num_needed_blocks > 0):
             victim = remaining.pop()
             action = self._act(victim)
             why = no_swap(victim, pressure) if action is Action.SWAP else "the policy recomputes"

@@ -6,8 +6,8 @@ Data flow: choose -> PreemptionDecision -> carried out by the engine -> `preempt
 Rules:
 - The guard only rules over policies that choose victims themselves; while it is active their victims and actions are
   vLLM's: the last running request, recomputed. Probes are exempt.
-- Where tenants are told apart the last one is that of the most-served tenant, guarded or not: the last of all is whom the
-  fair order has just put there, so that it would be admitted and preempted again and again.
+- Where tenants are told apart the last one is that of the most-served tenant, whatever the policy and guarded or not: the
+  last of all is whom the fair order has just put there, so that it would be admitted and preempted again and again.
 - No clock, no engine: engine and simulator drive the same object.
 """
 
@@ -103,10 +103,9 @@ class Preemptor:
         """Whether the guard keeps the policy from deciding."""
         return self._policy.ahead and self.guard is not None and self.guard.active
 
-    @property
-    def ahead(self) -> bool:
-        """Whether the policy would choose victims before vLLM's own loop does."""
-        return self._policy.ahead
+    def may_lead(self, *, is_fair: bool) -> bool:
+        """Whether `lead` is asked at a shortage: the policy chooses victims itself, or tenants are told apart."""
+        return self._policy.ahead or is_fair
 
     def pressure(
         self,
@@ -143,10 +142,9 @@ class Preemptor:
 
     def lead(self, candidates: Sequence[Candidate]) -> bool:
         """Whether `choose` may take this shortage out of vLLM's hands; to be asked once for each."""
-        assert self._policy.ahead, "the policy does not choose victims"
         self._probing = self.guarded and self.guard is not None and self.guard.allow_probe()
         tenants_differ = len({candidate.service for candidate in candidates}) > 1
-        return tenants_differ or not self.guarded or self._probing
+        return tenants_differ or self._probing or (self._policy.ahead and not self.guarded)
 
     def choose(self, candidates: Sequence[Candidate], pressure: Pressure) -> list[PreemptionDecision]:
         """Choose victims until enough blocks are free; after `lead` said yes."""

@@ -20,7 +20,6 @@ from cost_service.named_actor import exchange_for_ever
 from cost_service.service_messages import ACTOR, ENGINE_INTERVAL_S, FairnessAnswer, FairnessReport, ReplicaLimits
 from replicas.admission import AdmissionSettings
 from replicas.channel import ServerEnd
-from replicas.config import PreemptionPolicy
 from replicas.fair_queue import Admission
 from replicas.messages import EngineTotals, ServiceReport, SetShares
 from replicas.peak_rate import PeakRate
@@ -114,7 +113,7 @@ class FairnessExchange:
             self._life, self._version = answer.life, answer.version
 
     def _message(self, totals: EngineTotals, report: ServiceReport | None) -> FairnessReport:
-        fair_victims = totals.preemption == PreemptionPolicy.ADAPTIVE and totals.admission == Admission.FAIR
+        fair_victims = totals.admission == Admission.FAIR  # whatever the policy: see Preemptor.lead
         return FairnessReport(
             pool=self._pool, service=ServiceKind(totals.service_kind), replica=self._replica, epoch=totals.epoch,
             sequence=report.sequence if report is not None else 0,

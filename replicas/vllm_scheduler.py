@@ -4,8 +4,9 @@ Rules:
 - vLLM's `schedule()` is never copied. The seams are few: `_preempt_request` (what happens to a victim), `schedule` and
   `update_from_output` (channel and counters around vLLM's own work), `_select_waiting_queue_for_scheduling` and the two
   waiting queues (whose turn it is), `_free_blocks` (a request's last count), `reset_prefix_cache` (nothing survives it).
-- A policy that chooses victims does so ahead of vLLM's running loop, so that the loop finds room. In such a step nobody is
-  admitted, as in any step of vLLM's that preempts: a victim never comes back in the step in which it went.
+- Victims are chosen ahead of vLLM's running loop, so that it finds room, by policies that choose them and where tenants are
+  told apart. In such a step nobody is admitted, as in any step of vLLM's that preempts: a victim never comes back in the
+  step in which it went.
 - Blocks are kept free at admission through vLLM's own watermark, set anew in every step.
 - Without a connector, a channel or a stamp, nothing differs from vLLM's own scheduler until memory runs out, and then
   only the fate of the victim's blocks does.
@@ -75,6 +76,7 @@ class _AdaptiveMixin(Scheduler):
         )
         self.admission = self._ordered(config)
         self._memory = MemoryView(self) if len(self.kv_cache_config.kv_cache_groups) == 1 else None
+        self._foresees = self._why_vllm_chooses() is None
         self._decided: dict[str, PreemptionDecision] = {}
         self._resetting = False
         if self._swap is not None:
@@ -231,8 +233,10 @@ class _AdaptiveMixin(Scheduler):
 
     def _make_room(self) -> bool:
         """Preempt ahead of vLLM's running loop what it would otherwise have to; whether anybody was."""
-        if not self.preemptor.ahead or self._memory is None or self._unsafe is not None or len(self.running) < 2:
+        is_fair = self.admission is not None and self.admission.core.is_fair
+        if not self._foresees or len(self.running) < 2 or not self.preemptor.may_lead(is_fair=is_fair):
             return False
+        assert self._memory is not None, "several KV cache groups"
         missing = self._memory.num_missing_blocks()
         if missing == 0:
             return False
@@ -311,16 +315,22 @@ class _AdaptiveMixin(Scheduler):
         """Why this engine must not swap, or None. Only what tests have shown to be exact is allowed."""
         if self._swap is None:
             return "no SwapConnector is configured"
+        if (why := self._why_vllm_chooses()) is not None:
+            return why
+        if self.use_v2_model_runner:
+            return "model runner v2 copies out after it may have overwritten"
+        return None
+
+    def _why_vllm_chooses(self) -> str | None:
+        """Why victims must not be chosen ahead of vLLM's loop, or None: what a step will need is not foreseen there."""
         if len(self.kv_cache_config.kv_cache_groups) != 1:
             return "several KV cache groups"
-        if self.block_size != self._swap.planning.block_size:
+        if self.block_size != self.vllm_config.cache_config.block_size:
             return "context parallelism spreads a block's tokens over several workers"
         if self.num_spec_tokens:
             return "speculative decoding"
         if self.policy is SchedulingPolicy.PRIORITY:
             return "priority scheduling can preempt a request whose blocks are not computed yet"
-        if self.use_v2_model_runner:
-            return "model runner v2 copies out after it may have overwritten"
         return None
 
     def totals(self) -> EngineTotals:

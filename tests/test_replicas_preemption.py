@@ -124,14 +124,14 @@ def test_a_fixed_policy_takes_vllms_victims_from_the_last_one_on(action: Action)
     assert chosen(decisions) == [("c", action.value), ("b", action.value)]
 
 
-def test_a_fixed_policy_takes_the_last_request_of_the_most_served_tenant() -> None:
+def test_a_fixed_policy_takes_the_last_request_of_the_most_served_tenant_and_never_all() -> None:
     running = [candidate("a", 32, service=9.0), candidate("b", 32, service=9.0), candidate("c", 32, service=2.0)]
-    decisions = FixedPolicy(Action.RECOMPUTE).choose(running, pressure(num_needed_blocks=5), COSTS)
-    assert [decision.request_id for decision in decisions] == ["b", "a", "c"]
+    decisions = FixedPolicy(Action.RECOMPUTE).choose(running, pressure(num_needed_blocks=99), COSTS)
+    assert [decision.request_id for decision in decisions] == ["b", "a"]
 
 
 def test_a_swapping_policy_recomputes_those_for_whom_no_room_is_left() -> None:
-    running = [candidate("a", 64), candidate("b", 64), candidate("c", 160)]
+    running = [candidate("oldest", 64), candidate("a", 64), candidate("b", 64), candidate("c", 160)]
     decisions = FixedPolicy(Action.SWAP).choose(running, pressure(num_needed_blocks=18, num_free_host_slots=12), COSTS)
     assert chosen(decisions) == [("c", "swap"), ("b", "recompute"), ("a", "recompute")]
 

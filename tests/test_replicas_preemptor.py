@@ -21,6 +21,7 @@ from tests.test_replicas_preemption import COSTS, candidate, pressure
 
 DEAR_SWAPS = replace(COSTS, swap_fixed_s=10.0)
 DECODE_S = 0.01
+SERVICES = {"first of most": 9.0, "least": 1.0, "last of most": 9.0, "new": 2.0}
 LARGE = Candidate(request_id="a", num_tokens=320, num_blocks=20, num_freed_blocks=20)
 
 
@@ -45,7 +46,7 @@ class Engine:
         self.num += 1
         victim = msgspec.structs.replace(LARGE, request_id=f"r{self.num}")
         running = [candidate("leader", 16), victim]
-        if self.preemptor.ahead and self.preemptor.lead(running):
+        if self.preemptor.may_lead(is_fair=False) and self.preemptor.lead(running):
             (decision,) = self.preemptor.choose(running, pressure())
         else:
             decision = self.preemptor.decide(victim, pressure())
@@ -156,7 +157,19 @@ def test_another_policy_is_followed_from_the_next_choice_on() -> None:
     preemptor.follow(PreemptionPolicy.RECOMPUTE)
     engine.preempt()
     assert engine.actions == [Action.SWAP, Action.RECOMPUTE]
-    assert not preemptor.ahead
+    assert not preemptor.may_lead(is_fair=False)
+
+
+@pytest.mark.parametrize("policy", [PreemptionPolicy.RECOMPUTE, PreemptionPolicy.SWAP, PreemptionPolicy.ADAPTIVE])
+def test_where_tenants_differ_no_policy_leaves_the_victim_to_vllm(policy: PreemptionPolicy) -> None:
+    preemptor = Preemptor(policy, COSTS)
+    assert preemptor.may_lead(is_fair=True)
+    served = [msgspec.structs.replace(candidate(name, 16), service=service) for name, service in SERVICES.items()]
+    assert preemptor.lead(served)
+    (decision,) = preemptor.choose(served, pressure())
+    assert decision.request_id in ("first of most", "last of most")
+    same = [msgspec.structs.replace(each, service=1.0) for each in served]
+    assert preemptor.lead(same) == (policy is PreemptionPolicy.ADAPTIVE)
 
 
 def guarded_by_wrong_prices() -> tuple[Preemptor, Engine]:
