@@ -179,14 +179,18 @@ class FairWaiting:
         settings, service = engine.settings, self.core.service
         key, weight = service.tenant_key(request.tenant), service.weight(request.tenant)
         if request.status is Status.LOADING or request.num_computed:
-            return Need(request_id=request_id, num_blocks=0, num_tokens=1, key=key, weight=weight)
+            return Need(
+                request_id=request_id, num_blocks=0, num_tokens=1, key=key, weight=weight, tenant=request.tenant
+            )
         hit = engine.blocks.find(request.holding, (request.num_tokens - 1) // settings.block_size)
         num_cached = hit.num_blocks * settings.block_size
         num_new = request.num_tokens - num_cached
         if not settings.reserve_full_isl:
             num_new = min(num_new, settings.max_num_batched_tokens)
+        headroom = engine.preemption.num_headroom_blocks if engine.preemption is not None else 0
         num_blocks = engine.running.num_blocks_of(num_cached + num_new) - hit.num_blocks + hit.num_free_blocks
         return Need(
             request_id=request_id, num_blocks=num_blocks, num_tokens=num_new, key=key, weight=weight,
+            tenant=request.tenant, holds_back=request.status is Status.PREEMPTED and not headroom,
             min_batch_tokens=1 if settings.enable_chunked_prefill else min(num_new, settings.max_num_batched_tokens),
         )  # fmt: skip

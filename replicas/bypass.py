@@ -9,9 +9,11 @@ Rules:
 - Nobody passes whose tenant is ahead of the blocked one's by more than `limit_service` / weight, as of the step's beginning:
   prompts do not limit what is generated, and a tenant with short prompts would pass every next head of one with long ones
   anew and leave it behind without end. So the stated bound grows by `limit_service` once (its B).
+- A preempted request is not passed by others of its tenant while no blocks are kept free for growth
+  (`replicas/headroom.py`): they would fill the room that it has just made for those who run, and be preempted in turn.
 - A plan changes nothing; what came of it is told (`admitted`), so that only those count who really went ahead.
 - Work conservation: in every step, the next in the fair order is not admitted only if it does not fit; and who fits behind a
-  blocked one is not admitted only if an allowance is used up. `left_idle` finds an offence.
+  blocked one is not admitted only if an allowance is used up or it is held back. `left_idle` finds an offence.
 """
 
 import math
@@ -39,6 +41,10 @@ class Need:
 
     weight: float = 1.0
     """Of its tenant."""
+
+    tenant: str = ""
+    holds_back: bool = False
+    """Whether others of its tenant may not pass it; see the rules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +131,7 @@ class Bypass:
             if not room.has_batch(need):
                 reason = "the batch is full"
                 break
-            if not room.fits(need):
+            if not room.fits(need) or self._is_held(blocked, need):
                 blocked.append(need)
                 continue
             if (why := self._why_not(blocked, need, planned)) is not None:
@@ -160,10 +166,14 @@ class Bypass:
         for need in order:
             if not room.has_batch(need):
                 return None
-            if room.fits(need):
+            if room.fits(need) and not self._is_held(blocked, need):
                 return need.request_id if self._why_not(blocked, need, Counter()) is None else None
             blocked.append(need)
         return None
+
+    def _is_held(self, blocked: Sequence[Need], need: Need) -> bool:
+        """Whether one of the same tenant that lets none of it pass stands before it."""
+        return any(each.holds_back and each.tenant == need.tenant for each in blocked)
 
     def _why_not(self, blocked: Sequence[Need], need: Need, planned: Counter[str]) -> str | None:
         """Why a request may not pass those who are blocked, or None if it may."""

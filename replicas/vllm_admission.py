@@ -214,7 +214,7 @@ class EngineAdmission:
         tenant, service = tenant_in(stamp_of(request)), self.core.service
         key, weight = service.tenant_key(tenant), service.weight(tenant)
         if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED) or request.num_computed_tokens:
-            return Need(request_id=request_id, num_blocks=0, num_tokens=1, key=key, weight=weight)
+            return Need(request_id=request_id, num_blocks=0, num_tokens=1, key=key, weight=weight, tenant=tenant)
         manager = scheduler.kv_cache_manager
         hit, num_cached, _ = manager.get_computed_blocks(request)
         num_new = request.num_tokens - num_cached
@@ -227,6 +227,7 @@ class EngineAdmission:
         )  # fmt: skip
         chunked = scheduler.scheduler_config.enable_chunked_prefill
         return Need(
-            request_id=request_id, num_blocks=num_blocks, num_tokens=num_new, key=key, weight=weight,
+            request_id=request_id, num_blocks=num_blocks, num_tokens=num_new, key=key, weight=weight, tenant=tenant,
+            holds_back=request.status is RequestStatus.PREEMPTED and not self._preemptor.headroom.num_blocks,
             min_batch_tokens=1 if chunked else min(num_new, scheduler.max_num_scheduled_tokens),
         )  # fmt: skip

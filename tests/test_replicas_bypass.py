@@ -3,6 +3,8 @@
 Method: examples, and random floods of small requests behind one large request in a pool that frees blocks at random.
 """
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from replicas.bypass import Bypass, Need, Plan, Room
 
 
-def need(name: str, num_blocks: int, num_tokens: int = 0, **fields: float) -> Need:
+def need(name: str, num_blocks: int, num_tokens: int = 0, **fields: Any) -> Need:
     num_tokens = num_tokens or num_blocks
     return Need(
         request_id=name, num_blocks=num_blocks, num_tokens=num_tokens, min_batch_tokens=num_tokens, **fields
@@ -41,6 +43,16 @@ def test_who_fits_behind_a_blocked_head_goes_ahead_within_the_limit() -> None:
     assert "large does not fit and has been passed by 8 tokens" in plan.reason
     assert bypass.plan([order[0], *order[3:]], room(12)).first == []
     assert bypass.plan([order[0], *order[3:]], room(50)).first == ["large"]
+
+
+def test_a_preempted_request_that_holds_back_is_passed_by_other_tenants_alone() -> None:
+    bypass, back = Bypass(10, 0.0), need("back", 9, tenant="f", holds_back=True)
+    order = [back, need("own", 2, tenant="f"), need("other", 2, tenant="g")]
+    plan = bypass.plan(order, room(5))
+    assert [(each.request_id, passed) for each, passed in plan.admits] == [("other", ["back", "own"])]
+    assert bypass.left_idle(order, room(5)) == "other"
+    assert bypass.left_idle(order[:2], room(5)) is None
+    assert bypass.plan(order, room(20)).first == ["back", "own", "other"], "it fits: nobody is held back"
 
 
 def test_a_full_batch_blocks_nobody() -> None:
