@@ -10,6 +10,7 @@ Every recorded request is simulated with its arrival and lengths, in an engine o
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.bench_arm import FIRST_COME
 from cluster.bench_command import said
 from cluster.bench_figures import Calibration, figures
 from cluster.records import RequestRecord
@@ -29,6 +31,7 @@ from cost_service.calibration import fitted_step, learned_snapshot
 from cost_service.hardware import UNKNOWN, known_hardware
 from cost_service.kv_memory import ELEMENT_BYTES, kv_layout
 from cost_service.model_shape import ModelShape, read_config
+from cost_service.output_length import OutputLength
 from cost_service.profiled_step import ProfiledStep
 from cost_service.profiles import load_profiles
 from cost_service.step_time import MeasuredModel, StepTime
@@ -190,16 +193,20 @@ def of_bench(path: Path, calibration: Path) -> dict[str, Any]:
     )
     kind = _bench_kind(result["settings"], calibration)
     arms = {}
-    for policy, arm in result["arms"].items():
+    both = itertools.product(result["settings"].get("admissions", [FIRST_COME]), result["settings"]["policies"])
+    for (name_of_arm, arm), (admission, policy) in zip(result["arms"].items(), both, strict=True):
         ours: dict[str, list[float]] = {name: [] for name in ASKED_BENCH}
+        lengths = None if result["settings"].get("known_lengths", True) else OutputLength()
+        arm_kind = replace(kind, policy=policy, admission=admission)
+        simulated(arm_kind, requests_of(records_of(arm["repeats"][0])), lengths)  # the warm-up taught lengths, too
         for run in arm["repeats"]:
-            records = simulated(replace(kind, policy=policy), requests_of(records_of(run)))
+            records = simulated(arm_kind, requests_of(records_of(run)), lengths)
             end_s = max(one.finish_s or 0.0 for one in records)
             one = figures(records, alone, run_end_s=end_s)
             for name, values in ours.items():
                 values.append(getattr(one, name))
         measured = {name: statistics.median(run[name] for run in arm["repeats"]) for name in ASKED_BENCH}
-        arms[policy] = _compared({name: statistics.median(of) for name, of in ours.items()}, measured, ASKED_BENCH)
+        arms[name_of_arm] = _compared({name: statistics.median(of) for name, of in ours.items()}, measured, ASKED_BENCH)
     return {"benchmark": "validation", "what": "medians over repeats", "runs": arms}
 
 
@@ -219,14 +226,19 @@ def _bench_kind(settings: dict[str, Any], calibration: Path) -> ReplicaKind:
             enable_chunked_prefill=settings["accelerator"] != "cpu",
         ),
         times=fitted_step(calibration), costs=costs, block_bytes=layout.block_bytes,
-        host_bytes=settings["host_pool_bytes"],
+        host_bytes=settings["host_pool_bytes"], weights=settings.get("weights", {}),
     )  # fmt: skip
 
 
-def simulated(kind: ReplicaKind, requests: Sequence[TraceRequest]) -> list[RequestRecord]:
-    """What one simulated replica makes of the requests."""
+def simulated(
+    kind: ReplicaKind, requests: Sequence[TraceRequest], lengths: OutputLength | None = None
+) -> list[RequestRecord]:
+    """What one simulated replica makes of the requests; `lengths` as for `Simulation`."""
     records: list[RequestRecord] = []
-    Simulation(ReplicaBuilder(kind), num_replicas=1, router=RoundRobin(), done=records.append).run(requests)
+    simulation = Simulation(
+        ReplicaBuilder(kind), num_replicas=1, router=RoundRobin(), done=records.append, lengths=lengths
+    )
+    simulation.run(requests)
     return records
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.__main__ import main
+from cluster.bench_arm import arm_names
 from cluster.validate import RecordedRun, mean_times, simulated
 from cost_service.calibration import write_calibration
 from cost_service.engine_step import EngineStep
@@ -74,6 +75,9 @@ def test_times_are_means_over_finished_requests(tmp_path: Path) -> None:
     assert mean_times([one]) == {"tpot_s_mean": 1.0, "e2e_s_mean": 4.0, "ttft_s_mean": 1.0}
 
 
+ARMS = arm_names(["stock", "swap"], ["first-come", "fair"])
+
+
 def test_a_benchmark_is_simulated_with_what_was_calibrated(tmp_path: Path) -> None:
     shape = ModelShape.from_config(CONFIGS["smollm2-135m"])
     step, calibration = EngineStep(shape, CORE), tmp_path / "calibration"
@@ -97,18 +101,21 @@ def test_a_benchmark_is_simulated_with_what_was_calibrated(tmp_path: Path) -> No
     }  # fmt: skip
     settings = {
         "num_kv_blocks": 100, "block_size": 16, "max_num_seqs": 4, "max_model_len": 200, "host_pool_bytes": 1 << 20,
-        "dtype": "bfloat16", "accelerator": "cpu",
+        "dtype": "bfloat16", "accelerator": "cpu", "policies": ["stock", "swap"], "admissions": ["first-come", "fair"],
+        "known_lengths": False,
     }  # fmt: skip
     alone = {"ttft_s": 0.1, "ttft_s_per_prompt_token": 0.0, "s_per_output_token": 0.01}
     file, result = tmp_path / "bench.json", tmp_path / "result.json"
     file.write_text(
-        json.dumps({"settings": settings, "calibration": alone, "arms": {"swap": {"repeats": [run]}}})
-    )  # fmt: skip
+        json.dumps({"settings": settings, "calibration": alone, "arms": dict.fromkeys(ARMS, {"repeats": [run]})})
+    )
     command = ["validate", "--bench", str(file), "--profile", str(calibration), "--json", str(result)]
     assert main(command) == 0
-    swap = json.loads(result.read_text())["runs"]["swap"]
-    assert swap["throughput_tokens_per_s"]["simulated"] > 0
-    assert swap["preemptions"] == {"simulated": 0, "measured": 0, "asked": 0.2, "error": None, "reached": True}
+    runs = json.loads(result.read_text())["runs"]
+    assert tuple(runs) == ARMS
+    for one in runs.values():
+        assert one["throughput_tokens_per_s"]["simulated"] > 0
+        assert one["preemptions"] == {"simulated": 0, "measured": 0, "asked": 0.2, "error": None, "reached": True}
 
 
 @pytest.mark.parametrize(
