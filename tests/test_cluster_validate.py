@@ -107,7 +107,7 @@ def test_a_benchmark_is_simulated_with_what_was_calibrated(tmp_path: Path) -> No
     alone = {"ttft_s": 0.1, "ttft_s_per_prompt_token": 0.0, "s_per_output_token": 0.01}
     file, result = tmp_path / "bench.json", tmp_path / "result.json"
     file.write_text(
-        json.dumps({"settings": settings, "calibration": alone, "arms": dict.fromkeys(ARMS, {"repeats": [run]})})
+        json.dumps({"settings": settings, "calibration": alone, "arms": {arm: {"repeats": [run]} for arm in ARMS}})
     )
     command = ["validate", "--bench", str(file), "--profile", str(calibration), "--json", str(result)]
     assert main(command) == 0
