@@ -76,7 +76,7 @@ def compare(options: argparse.Namespace, scratch: Path, say: Say) -> dict[str, A
     machine, alone = machine_facts(), measure_alone(plan, scratch, say)
     demand = statistics.median(RunResult.of(one).peak_kv_blocks for one in alone["ample"])
     num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
-    arms = arms_of(plan, num_blocks, also_alone=options.also_alone)
+    arms = arms_of(plan, num_blocks, num_replicas=options.replicas, also_alone=options.also_alone)
     placed = [place(requests, options.replicas, pins) for requests in plan.workloads]
     progress, names = Progress(None, None), tuple(arms)
     with cluster_actors(scratch), ExitStack() as stack:
@@ -88,7 +88,7 @@ def compare(options: argparse.Namespace, scratch: Path, say: Say) -> dict[str, A
             )
         for name, group in groups.items():
             say(f"Warming up {name} ...")
-            group.run(placed[0], limit_s=plan.limit_s)
+            group.run(placed[0], limit_s=plan.warm_up_s)
 
         def run(repeat: int, name: str) -> dict[str, Any]:
             return merged(groups[name].run(placed[repeat], limit_s=plan.limit_s), plan.workload.weights())
@@ -125,11 +125,14 @@ def parse_pins(texts: Sequence[str], num_replicas: int) -> dict[str, tuple[int, 
     return pins
 
 
-def arms_of(plan: Plan, num_blocks: int, *, also_alone: bool) -> dict[str, GroupArm]:
+def arms_of(plan: Plan, num_blocks: int, *, num_replicas: int, also_alone: bool) -> dict[str, GroupArm]:
     """All arms by their names."""
     arms = {}
+    num_fair = sum(settings.admission == Admission.FAIR for settings in plan.arms.values())
+    share = 1 / (num_replicas * (len(plan.arms) + (num_fair if also_alone else 0)))
     for name, settings in plan.arms.items():
-        settings, is_fair = replace(settings, num_kv_blocks=num_blocks), settings.admission == Admission.FAIR
+        settings = replace(settings, num_kv_blocks=num_blocks, memory_share=share)
+        is_fair = settings.admission == Admission.FAIR
         arms[name] = GroupArm(settings=settings, joined=is_fair)
         if is_fair and also_alone:
             arms[f"{name} {ALONE}"] = GroupArm(settings=settings, joined=False)

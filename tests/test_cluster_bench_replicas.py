@@ -60,7 +60,7 @@ def test_fair_arms_are_joined_and_vllms_own_is_not(tmp_path: Path) -> None:
     from cluster import bench
 
     given = options("--trace", "synthetic:requests=12,rate=inf,tenants=2")
-    arms = arms_of(bench.plan_of(given, tmp_path), 9, also_alone=True)
+    arms = arms_of(bench.plan_of(given, tmp_path), 9, num_replicas=2, also_alone=True)
     assert {name: (arm.settings.policy, arm.settings.admission, arm.joined) for name, arm in arms.items()} == {
         "first-come/stock": ("stock", "first-come", False),
         "first-come/adaptive": ("adaptive", "first-come", False),
@@ -70,6 +70,7 @@ def test_fair_arms_are_joined_and_vllms_own_is_not(tmp_path: Path) -> None:
         "fair/adaptive alone": ("adaptive", "fair", False),
     }
     assert {arm.settings.num_kv_blocks for arm in arms.values()} == {9}
+    assert sum(2 * arm.settings.memory_share for arm in arms.values()) == pytest.approx(1.0)  # all live on one GPU
 
 
 def record(tenant: str, first_s: float | None, finish_s: float | None, num: int) -> RequestRecord:
