@@ -338,16 +338,26 @@ def next_of(skipped: FairQueue, waiting: FairQueue, num: int) -> list[Waiting]:
 
 def _next(num: int, choose: Callable[[], FairQueue | None], queues: Sequence[FairQueue]) -> list[Waiting]:
     """Take requests out and charge them as `pop` does, then put all as it was."""
-    before = [(queue._chosen, queue._ahead.copy()) for queue in queues]
+    before, charges = [(queue._chosen, queue._ahead.copy()) for queue in queues], not _are_of_one(queues)
     popped: list[tuple[FairQueue, Waiting, Place]] = []
     while len(popped) < num and (queue := choose()) is not None:
         assert queue._chosen is not None
         waiting, place = queue._take_out(queue._chosen)
         popped.append((queue, waiting, place))
-        queue.service.hold(waiting.request_id, waiting.account, waiting.held)
+        if charges:
+            queue.service.hold(waiting.request_id, waiting.account, waiting.held)
     for queue, waiting, place in popped:
-        queue.service.release(waiting.request_id)
+        if charges:
+            queue.service.release(waiting.request_id)
         queue._insert(waiting, place)
     for queue, (chosen, ahead) in zip(queues, before, strict=True):
         queue._chosen, queue._ahead = chosen, ahead
     return [waiting for _, waiting, _ in popped]
+
+
+def _are_of_one(queues: Sequence[FairQueue]) -> bool:
+    """Whether all who wait are one user's: what is charged in advance then changes no order."""
+    if any(len(queue._tenants) > 1 for queue in queues):
+        return False
+    users = {(name, user) for queue in queues for name, tenant in queue._tenants.items() for user in tenant.classes}
+    return len(users) <= 1
