@@ -3,8 +3,8 @@
 Data flow: a document -> a record (`cluster.document`) -> `HSET PREFIX:COLLECTION NAME RECORD`.
 
 Rules:
-- Made without a connection: a Redis that is away is an `OSError` of the call that needs it, in one sentence. Calls end
-  within a few times `redis_timeout_s`.
+- Made without a connection: a Redis that is away is a `ConnectionError` of the call that needs it, whatever else goes wrong
+  an `OSError`, in one sentence. Calls end within a few times `redis_timeout_s`.
 - One connection, one call at a time. After an error it is closed, and the next call begins with a handshake: Redis has then
   run or dropped all that was sent before, so that no late write of ours overtakes a newer one.
 - A change is atomic between processes: `WATCH` and `MULTI`, tried again a bounded number of times. Nothing else is tried
@@ -194,7 +194,7 @@ class RedisStore:
             except redis.RedisError as error:
                 if self._client is not None:
                     self._client.connection_pool.disconnect()
-                raise OSError(self._sentence(error)) from None
+                raise self._problem(error) from None
 
     def _connect(self) -> redis.Redis:
         state, address = self._state, self._address
@@ -215,9 +215,10 @@ class RedisStore:
                 options["ssl_ca_certs"] = str(Path(state.redis_ca_file).expanduser())
         return redis.Redis(connection_pool=redis.ConnectionPool(**options))
 
-    def _sentence(self, error: redis.RedisError) -> str:
+    def _problem(self, error: redis.RedisError) -> OSError:
         if isinstance(error, _NoPasswordError):
-            return str(error)
+            return OSError(str(error))
+        kind = OSError
         if isinstance(error, redis.AuthenticationError):
             problem = "does not know us: correct state.redis_username, or what is in state.redis_password_file"
         elif isinstance(error, redis.exceptions.NoPermissionError):
@@ -225,10 +226,10 @@ class RedisStore:
         elif isinstance(error, redis.exceptions.OutOfMemoryError):
             problem = "is full: raise its maxmemory, or remove what else lies there"
         elif isinstance(error, redis.ConnectionError | redis.TimeoutError):
-            problem = "does not answer: start it, or correct state.redis_url"
+            kind, problem = ConnectionError, "does not answer: start it, or correct state.redis_url"
         else:
             problem = "does not do what it is asked"
-        return f"The Redis at {self._address} {problem} ({' '.join(str(error).split())[:200]})."
+        return kind(f"The Redis at {self._address} {problem} ({' '.join(str(error).split())[:200]}).")
 
 
 class _NoPasswordError(redis.AuthenticationError):

@@ -9,7 +9,6 @@ Rules:
   It is a random name, no number: two who change something at the same time cannot choose the same.
 """
 
-import logging
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -19,12 +18,11 @@ from typing import Any
 
 import msgspec
 
+from cluster.document import DamageLog
 from cluster.keys import Keyring, hash_key, key_id, new_key
 from cluster.tenant_limits import TenantLimits
 from cost_service.charges import SYSTEM, checked_weight
 from cost_service.store import Store
-
-logger = logging.getLogger(__name__)
 
 TENANTS, VERSION = "tenants", "tenants_version"
 MAX_KEYS = 1000
@@ -107,6 +105,7 @@ class TenantRegistry:
             bootstrap: See `Directory`.
         """
         self._store, self._bootstrap = store, bootstrap
+        self._damage = DamageLog("the store")
 
     def version(self) -> str | None:
         """Another one than before, if tenants may have changed; read it before the tenants themselves."""
@@ -119,7 +118,9 @@ class TenantRegistry:
             try:
                 tenants[name] = _tenant(name, document)
             except ValueError as error:
-                logger.warning("%s", error)
+                self._damage.damaged(f"{TENANTS}/{name}", str(error))
+            else:
+                self._damage.whole(f"{TENANTS}/{name}")
         return tenants
 
     def directory(self, known: Mapping[str, Tenant] | None = None) -> Directory:

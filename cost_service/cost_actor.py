@@ -27,7 +27,7 @@ class CostActor:
     def __init__(self, store: Store) -> None:
         self._service, self._lengths = CostService(), LengthService()
         self._lock, self._lengths_lock = threading.Lock(), threading.Lock()
-        StateLoop(
+        self._state = StateLoop(
             ACTOR,
             [
                 Keeper(store, self._service, self._lock),

@@ -34,6 +34,7 @@ class StateLoop:
         """
         self._name, self._keepers, self._each_round = name, keepers, each_round
         self._degraded = degraded_gauge()
+        self._end = threading.Event()
         self._is_away = False
         self._degraded.set(0.0, tags={"part": "state"})
         deadline_s = time.monotonic() + START_WAIT_S
@@ -41,10 +42,13 @@ class StateLoop:
             time.sleep(INTERVAL_S / 2)
         threading.Thread(target=self._run, daemon=True, name="state").start()
 
+    def close(self) -> None:
+        """End the thread, after the round that it is in."""
+        self._end.set()
+
     def _run(self) -> None:
         wait_s = INTERVAL_S
-        while True:
-            time.sleep(wait_s)
+        while not self._end.wait(wait_s):
             began_s = time.thread_time()
             try:
                 self._each_round()
@@ -59,6 +63,9 @@ class StateLoop:
         for keeper in self._keepers:
             try:
                 keeper.keep(time.monotonic())
+            except ConnectionError as error:  # the others would wait for it, too
+                problem = error
+                break
             except Exception as error:  # none may end this
                 problem = error
         is_away = problem is not None

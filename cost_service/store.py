@@ -2,8 +2,8 @@
 
 Rules:
 - Documents are JSON values by collection and name. What is damaged is said and left out, and never run.
-- Every call may fail with `OSError`: the store is away, full, or lets us do too little. Nobody waits for it on a request's
-  path.
+- Every call may fail with `OSError`: the store is full, damaged, or lets us do too little; with `ConnectionError`: it is
+  away, and the next call would wait for it again. Nobody waits for it on a request's path.
 """
 
 from collections.abc import Callable, Mapping

@@ -32,7 +32,7 @@ class FairnessActor:
         self._service = FairnessService(life=os.urandom(8).hex(), now_s=time.monotonic())
         self._metrics = _Metrics()
         self._lock = threading.Lock()
-        StateLoop(ACTOR, [Keeper(store, self._service, self._lock)], each_round=self._tick)
+        self._state = StateLoop(ACTOR, [Keeper(store, self._service, self._lock)], each_round=self._tick)
 
     def exchange(self, report: bytes) -> bytes:
         """See `FairnessService.exchange`."""

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster import tenant_copy
 from cluster.cache_salt import CacheSalts
 from cluster.keys import hash_key, key_id
 from cluster.state import SqliteStore
-from cluster.tenant_copy import TENANTS_PER_LOOK, TenantCopy
+from cluster.tenant_copy import TenantCopy
 from cluster.tenant_limits import TenantLimits
 from cluster.tenant_registry import Tenant, TenantRegistry
 
@@ -67,9 +68,10 @@ def test_every_change_is_seen_at_the_next_look(copy: TenantCopy, registry: Tenan
 
 
 def test_nothing_is_read_while_nothing_changes_and_everything_now_and_then(
-    copy: TenantCopy, registry: TenantRegistry
+    copy: TenantCopy, registry: TenantRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry.put_back(Tenant(name=f"t{number}") for number in range(TENANTS_PER_LOOK + 1))
+    monkeypatch.setattr(tenant_copy, "TENANTS_PER_LOOK", 3)
+    registry.put_back(Tenant(name=f"t{number}") for number in range(4))
     copy.refresh()
     assert copy.read_anew == 2
     directory = copy.directory
