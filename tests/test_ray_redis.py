@@ -76,9 +76,7 @@ def on_a_worker(cluster: Any, start: Any, node_of: Any) -> tuple[Any, Any]:
         if node_id in workers:
             return actor, workers[node_id]
         ray.kill(actor, no_restart=True)
-        wait_until(lambda: not ray.util.list_named_actors(all_namespaces=True) or not any(
-            each["namespace"] == NAMESPACE for each in ray.util.list_named_actors(all_namespaces=True)
-        ))  # fmt: skip
+        wait_until(lambda: NAMESPACE not in {each["namespace"] for each in ray.util.list_named_actors(True)})
     pytest.fail("Ray puts the actor on the head node alone")
 
 
@@ -152,12 +150,13 @@ def test_the_cost_actor_comes_back_on_another_node_with_what_it_learned(cluster:
 
 def node_of_actor(actor: Any) -> str:
     import ray
-    from ray.util.state import get_actor
 
-    ray.get(actor.status.remote(), timeout=WAIT_S)
-    found = get_actor(actor._actor_id.hex())
-    assert found is not None
-    return str(found.node_id)
+    def node_id(_: Any) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    return str(ray.get(actor.__ray_call__.remote(node_id), timeout=WAIT_S))
 
 
 # The product itself
