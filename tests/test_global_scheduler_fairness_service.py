@@ -172,6 +172,43 @@ def test_after_a_loss_of_everything_the_counters_are_those_that_replicas_know() 
     assert scheduler.delivered("f") == Served(num_output_tokens=401)
 
 
+def test_what_is_read_late_is_taken_where_nobody_has_told_better_and_nothing_counts_twice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scheduler, a, b = Scheduler(), Replica("a"), Replica("b")
+    for replica, num in ((a, 100), (b, 300)):
+        replica.serve("f", num)
+        replica.exchange(scheduler)
+    send(scheduler, Replica("other").message(pool="app/other"))
+    scheduler.service.set_weights({"f": 2.0, "g": 3.0})
+    scheduler.save()
+    documents = {place: scheduler.store.load(place) for place in scheduler.service.collections}
+    scheduler.service = FairnessService(life="late", now_s=1.0)
+    for replica in (a, b) * 3:
+        replica.serve("f", 1)
+        replica.exchange(scheduler)
+    counter = scheduler.pool().share.counters.tenants.counter("f")
+    scheduler.service.restore(documents)
+    scheduler.service.check()
+    assert "app/m/tokens is left out: its replicas have reported already" in caplog.text
+    assert scheduler.delivered("f") == Served(num_output_tokens=406)
+    tenants = scheduler.pool().share.counters.tenants
+    assert (tenants.counter("f"), tenants.weight("f"), tenants.weight("g")) == (counter, 2.0, 3.0)
+    assert scheduler.service.status()["pools"].keys() == {POOL, "app/other/tokens"}
+
+
+def test_weights_that_are_read_late_do_not_undo_what_ingresses_have_told() -> None:
+    scheduler = Scheduler()
+    scheduler.service.set_weights({"f": 2.0})
+    scheduler.save()
+    documents = {place: scheduler.store.load(place) for place in scheduler.service.collections}
+    scheduler.service = FairnessService(life="late", now_s=1.0)
+    scheduler.service.set_weights({"f": 1.0})
+    scheduler.service.restore(documents)
+    Replica("a").exchange(scheduler)
+    assert scheduler.pool().share.counters.tenants.weight("f") == 1.0
+
+
 def test_versions_of_another_life_mean_nothing() -> None:
     scheduler, a, b = Scheduler(), Replica("a"), Replica("b")
     a.serve("f", 10)
