@@ -29,7 +29,7 @@ class CacheSalts:
         Raises:
             OSError: The store is away: the secret stays as it is.
         """
-        document = store.load(COLLECTION).get(NAME)
+        document: Any = store.load(COLLECTION).get(NAME)
         if not _is_secret(document):
             document = store.update(COLLECTION, NAME, lambda found: found if _is_secret(found) else self._secret.hex())
         self._secret = bytes.fromhex(document)
