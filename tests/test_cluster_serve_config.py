@@ -240,6 +240,29 @@ def test_an_unknown_setting_ends_the_command(home: Path, tmp_path: Path) -> None
     assert "Unknown setting replicas.num_replica: remove it" in complaint(home, "--config", str(path))
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"redis_url": "redis://:hunter2@127.0.0.1"}, "put it into a file and name it in redis_password_file"),
+        ({"redis_url": "redis://8.8.8.8"}, "set a password in Redis and state.redis_password_file"),
+        (
+            {"redis_url": "redis://127.0.0.1", "redis_password_file": "/nonexistent"},
+            "put the password there, mode 0600",
+        ),
+    ],
+)
+def test_a_redis_that_gives_state_away_ends_the_command(
+    home: Path, tmp_path: Path, state: dict[str, str], words: str
+) -> None:
+    document = json.loads(json.dumps(SERVE_LOCAL))
+    document["applications"][0]["args"]["state"] = state
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(document))
+    line = complaint(home, "--config", str(path))
+    assert words in line
+    assert "hunter2" not in line
+
+
 def test_a_model_that_is_not_there_ends_the_command(home: Path) -> None:
     assert "/nonexistent has no config.json" in complaint(home, "--model", "/nonexistent")
 

@@ -8,7 +8,6 @@ sorts keys as the product's does; random histories against a model of totals; ju
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -22,25 +21,13 @@ from global_scheduler import fairness_service
 from global_scheduler.fairness_pool import FORGET_S, SILENT_S, OverError
 from global_scheduler.fairness_service import FairnessService, PoolName
 from replicas.tenant_service import TenantService
+from tests.stores import MemoryStore, kept
 
 LIMITS = ReplicaLimits(
     num_pool_tokens=10_000, max_num_seqs=16, max_tokens=1000, max_service_per_s=2000.0, max_decode_tokens_per_s=500.0
 )
 UNIT = ServiceUnit()
 POOL = "app/m/tokens"
-
-
-class MemoryStore:
-    """Documents as JSON text with sorted keys, as `cluster.state` writes them."""
-
-    def __init__(self) -> None:
-        self.texts: dict[tuple[str, str], str] = {}
-
-    def load(self, collection: str) -> Mapping[str, Any]:
-        return {name: json.loads(text) for (place, name), text in self.texts.items() if place == collection}
-
-    def save(self, collection: str, name: str, document: Any) -> None:
-        self.texts[collection, name] = json.dumps(document, sort_keys=True)
 
 
 class Scheduler:
@@ -52,11 +39,11 @@ class Scheduler:
 
     def start(self) -> None:
         self.lives += 1
-        self.service = FairnessService(self.store, life=f"life-{self.lives}", now_s=self.now_s)
+        self.service = FairnessService(life=f"life-{self.lives}", now_s=self.now_s)
+        self.keeper = kept(self.service, self.store)
 
     def save(self) -> None:
-        for document in self.service.unsaved():
-            self.store.save(*document)
+        self.keeper.keep(self.now_s)
 
     def pool(self) -> Any:
         return self.service._pools[PoolName("app/m", ServiceKind.TOKENS)]
@@ -183,6 +170,43 @@ def test_after_a_loss_of_everything_the_counters_are_those_that_replicas_know() 
     assert counters.counter("f") == 2.0 * 401, "nothing is lost, and nothing counts twice"
     assert counters.counter("g") == 0.0
     assert scheduler.delivered("f") == Served(num_output_tokens=401)
+
+
+def test_what_is_read_late_is_taken_where_nobody_has_told_better_and_nothing_counts_twice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scheduler, a, b = Scheduler(), Replica("a"), Replica("b")
+    for replica, num in ((a, 100), (b, 300)):
+        replica.serve("f", num)
+        replica.exchange(scheduler)
+    send(scheduler, Replica("other").message(pool="app/other"))
+    scheduler.service.set_weights({"f": 2.0, "g": 3.0})
+    scheduler.save()
+    documents = {place: scheduler.store.load(place) for place in scheduler.service.collections}
+    scheduler.service = FairnessService(life="late", now_s=1.0)
+    for replica in (a, b) * 3:
+        replica.serve("f", 1)
+        replica.exchange(scheduler)
+    counter = scheduler.pool().share.counters.tenants.counter("f")
+    scheduler.service.restore(documents)
+    scheduler.service.check()
+    assert "app/m/tokens is left out: its replicas have reported already" in caplog.text
+    assert scheduler.delivered("f") == Served(num_output_tokens=406)
+    tenants = scheduler.pool().share.counters.tenants
+    assert (tenants.counter("f"), tenants.weight("f"), tenants.weight("g")) == (counter, 2.0, 3.0)
+    assert scheduler.service.status()["pools"].keys() == {POOL, "app/other/tokens"}
+
+
+def test_weights_that_are_read_late_do_not_undo_what_ingresses_have_told() -> None:
+    scheduler = Scheduler()
+    scheduler.service.set_weights({"f": 2.0})
+    scheduler.save()
+    documents = {place: scheduler.store.load(place) for place in scheduler.service.collections}
+    scheduler.service = FairnessService(life="late", now_s=1.0)
+    scheduler.service.set_weights({"f": 1.0})
+    scheduler.service.restore(documents)
+    Replica("a").exchange(scheduler)
+    assert scheduler.pool().share.counters.tenants.weight("f") == 1.0
 
 
 def test_versions_of_another_life_mean_nothing() -> None:
