@@ -1,6 +1,6 @@
-"""Goal: the environment of an image is whole: what the Dockerfile copies and runs gives nodes that know our packages and Ray.
+"""Goal: the environment of an image is whole: what the Dockerfile copies and runs gives nodes our packages and Ray.
 
-Method: no image is built; the Dockerfile's sources are copied into an empty folder, and its command for CPU nodes is run there.
+Method: no image is built; the Dockerfile's sources are copied into an empty folder, and its command for CPU nodes runs there.
 """
 
 import re
@@ -34,7 +34,8 @@ def test_what_the_dockerfile_runs_makes_an_environment_that_serves_without_tools
     code = """
 import importlib.util, importlib.metadata
 from pathlib import Path
-for name in ("cluster.app", "replicas.vllm_scheduler", "global_scheduler.serve_router", "cost_service.cost_actor", "ray", "vllm"):
+ours = ("cluster.app", "replicas.vllm_scheduler", "global_scheduler.serve_router", "cost_service.cost_actor")
+for name in (*ours, "ray", "vllm"):
     origin = importlib.util.find_spec(name).origin
     assert "site-packages" in origin, origin
 (entry,) = {e.value for e in importlib.metadata.entry_points(group="vllm.general_plugins", name="adaptivellm")}
