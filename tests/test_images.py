@@ -1,6 +1,6 @@
 """Goal: the environment of an image is whole: what the Dockerfile copies and runs gives nodes our packages and Ray.
 
-Method: no image is built; the Dockerfile's sources are copied into an empty folder, and its command for CPU nodes runs there.
+Method: no image is built; the Dockerfile's sources are copied into an empty folder, and its command for CPU nodes is run.
 """
 
 import re
