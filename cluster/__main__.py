@@ -10,6 +10,7 @@ COMMANDS = {
     "status": ("cluster.status", "show the replicas of a running application"),
     "costs": ("cluster.costs", "show what the cost service has learned, and what it predicts"),
     "tenants": ("cluster.tenants", "add, list, weigh, limit and revoke tenants and their keys"),
+    "state": ("cluster.backup", "back up and restore everything that is stored"),
     "policy": ("cluster.policy", "let running replicas follow another preemption policy"),
     "replay": ("cluster.replay", "let the policies decide again what a decision log holds"),
     "calibrate": ("cluster.calibrate", "measure what preemptions of a model cost on this machine"),

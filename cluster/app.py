@@ -18,6 +18,7 @@ from cluster.http_app import make_app
 from cluster.ingress import ENDPOINTS, AdaptiveIngress
 from cluster.ray_internals import maybe_apply_llm_deployment_config_defaults, to_model_metadata
 from cluster.request_checks import RequestLimits
+from cluster.stores import check_store
 from cost_service.service_messages import ROUTING_STATS_PERIOD_S
 from replicas.features import refused_feature
 
@@ -43,6 +44,7 @@ def build(args: dict[str, Any]) -> Application:
         ValueError: A setting is unknown or wrong, the model is missing, or it needs a feature that is refused.
     """
     settings = AppArgs.from_mapping(args)
+    check_store(settings.state)
     folder = models.require(settings.model.source, settings.state.path)
     hf_config = models.read_config(folder) if folder else {}
     if refusal := refused_feature(settings.replicas.engine_kwargs, hf_config):
@@ -73,7 +75,7 @@ def build(args: dict[str, Any]) -> Application:
         num_ingresses=ingress.num_replicas,
         max_model_len=settings.replicas.max_model_len,
         limits=limits,
-        state_file=str(settings.state.path / "state.sqlite"),
+        state=settings.state.resolved(),
     )
 
 

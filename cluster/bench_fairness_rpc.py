@@ -15,6 +15,8 @@ from typing import Any
 
 import msgspec
 
+from cluster.config import StateArgs
+from cluster.stores import open_store
 from cost_service.charges import Account, Served, ServiceKind
 from cost_service.service_messages import AccountReport, FairnessAnswer, FairnessReport, ReplicaLimits
 
@@ -36,7 +38,6 @@ def main(options: argparse.Namespace) -> int:
     """Print exchanges per second and how long one takes; 0."""
     import ray
 
-    from cluster.state import SqliteStore
     from global_scheduler.fairness_actor import start_fairness_actor
 
     shares = [
@@ -45,7 +46,7 @@ def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=max(1, options.callers))
         try:
-            actor = start_fairness_actor(SqliteStore(Path(folder, "state.sqlite")))
+            actor = start_fairness_actor(open_store(StateArgs(directory=folder)))
             ray.get(actor.status.remote())
             play_remotely = ray.remote(num_cpus=1)(play)
             calls = [

@@ -30,7 +30,7 @@ from cluster.records import RequestRecord
 from cluster.running import connected
 from cluster.served_client import FAILED, REJECTED, Endpoint, ServedRun, drive, find_endpoint
 from cluster.served_plan import ServedArm, ServedPlan, arms_of, plan_of
-from cluster.state import SqliteStore
+from cluster.stores import check_store, open_store
 from cluster.tenant_registry import TenantRegistry
 from cluster.workload import Workload
 
@@ -240,8 +240,9 @@ def _keys(
     if not options.make_tenants:
         yield dict.fromkeys(tenants, options.key) if options.key else read_keys(options.keys, tenants)
         return
-    directory = load(options.config).args.state.path
-    registry = TenantRegistry(SqliteStore(directory / "state.sqlite"), keys.load(directory).to_mapping())
+    state = load(options.config).args.state
+    check_store(state)
+    registry = TenantRegistry(open_store(state), keys.load(state.path).to_mapping())
     with made_tenants(registry, tenants, weights) as made:
         say(f"Made {len(made)} tenants, and waiting {IN_FORCE_S:g} s until they are known ...")
         time.sleep(IN_FORCE_S)

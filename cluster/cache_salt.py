@@ -7,34 +7,36 @@ store: the same on every ingress and after a restart, and not to be guessed from
 
 import hashlib
 import hmac
-import logging
 import re
 import secrets
 from typing import Any
 
-from cluster.tenant_registry import Store
-
-logger = logging.getLogger(__name__)
+from cost_service.store import Store
 
 COLLECTION, NAME = "secrets", "cache_salt"
 
 
-def load_or_create_secret(store: Store) -> bytes:
-    """Return the deployment's secret, made where there is none; while the store is away, one for this process alone."""
-    try:
-        document = store.update(
-            COLLECTION, NAME, lambda before: before if _is_secret(before) else secrets.token_hex(32)
-        )
-    except OSError as error:
-        logger.warning("The store does not answer (%s): this ingress shares no prefix cache with others.", error)
-        document = secrets.token_hex(32)
-    return bytes.fromhex(document)
+class CacheSalts:
+    """One ingress's copy of the deployment's secret."""
 
+    def __init__(self) -> None:
+        """Make a secret for this ingress alone, until the first `refresh`."""
+        self._secret = secrets.token_bytes(32)
 
-def cache_salt(secret: bytes, tenant: str) -> str:
-    """Return the salt of a tenant, 64 hexadecimal digits."""
-    assert len(secret) == 32, f"a secret of {len(secret)} bytes"
-    return hmac.new(secret, tenant.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+    def refresh(self, store: Store) -> None:
+        """Take the deployment's secret; where the store holds none, it is from now on this ingress's.
+
+        Raises:
+            OSError: The store is away: the secret stays as it is.
+        """
+        document = store.load(COLLECTION).get(NAME)
+        if not _is_secret(document):
+            document = store.update(COLLECTION, NAME, lambda found: found if _is_secret(found) else self._secret.hex())
+        self._secret = bytes.fromhex(document)
+
+    def salt(self, tenant: str) -> str:
+        """Return the salt of a tenant, 64 hexadecimal digits."""
+        return hmac.new(self._secret, tenant.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
 def _is_secret(document: Any) -> bool:

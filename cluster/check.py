@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from cluster.config import from_document
+from cluster.config import ServeFile, from_document
 from cluster.kuberay_manifest import check_ray_service
 from cluster.ray_up_manifest import check_ray_up
+from cluster.redis_address import RedisAddress, addresses_of, refuse_if_exposed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,14 +67,24 @@ def _check_document(document: Any, folder: Path) -> str:
     if not isinstance(document, dict):
         raise ValueError("the file must hold settings: compare it with those in manifests/.")
     if "applications" in document:
-        from_document(document, "the file")
+        _check_redis(from_document(document, "the file"))
         return "a Serve config"
     if "provider" in document or "cluster_name" in document:
         check_ray_up(document, folder)
         return "a cluster for ray up"
     if document.get("kind") == "RayService":
-        check_ray_service(document)
+        _check_redis(check_ray_service(document))
         return "a RayService"
     if "kind" in document and "apiVersion" in document:
         return f"a {document['kind']} (not looked into)"
     raise ValueError("the file is no manifest that is known here: it has no applications, provider or kind.")
+
+
+def _check_redis(file: ServeFile) -> None:
+    """The rule of settings, as far as it can be told from here: a name that only nodes know is theirs to check."""
+    state = file.args.state
+    if state.redis_url is None:
+        return
+    address, has_password = RedisAddress.parse(state.redis_url), state.redis_password_file is not None
+    if not has_password or addresses_of(address.host):
+        refuse_if_exposed(address, has_password=has_password)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.redis_address import RedisAddress
 from cost_service.snapshot import read_fitted
 
 IMPORT_PATH = "cluster.app:build"
@@ -157,11 +158,53 @@ class StateArgs(_Settings):
     """Where the product keeps what must survive a restart."""
 
     directory: str | None = None
-    """None: `$ADAPTIVELLM_HOME`, else `~/.adaptivellm`."""
+    """For models, the first API key, and `state.sqlite`. None: `$ADAPTIVELLM_HOME`, else `~/.adaptivellm`."""
+
+    redis_url: str | None = None
+    """`redis://HOST:6379/0`, or `rediss://` for TLS: tenants, fairness and costs lie there, for all nodes of a cluster.
+    None: in `state.sqlite`, on the head node."""
+
+    redis_username: str | None = Field(default=None, min_length=1, max_length=128)
+    """None: Redis's `default`."""
+
+    redis_password_file: str | None = Field(default=None, min_length=1)
+    """File of mode 0600 with the password, on every node."""
+
+    redis_ca_file: str | None = Field(default=None, min_length=1)
+    """Certificates that Redis's own is checked against; None: the system's."""
+
+    redis_key_prefix: str = Field(default="adaptivellm:", pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,62}:$")
+    """Before the name of every key; clusters that share a Redis have one each."""
+
+    redis_timeout_s: float = Field(default=1.5, ge=0.05, le=30)
+    """To connect, and for an answer. Up to 2 the product has caught up 5 s after Redis is back."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.redis_url is None:
+            of_redis = ("redis_username", "redis_password_file", "redis_ca_file")
+            if given := [name for name in of_redis if getattr(self, name) is not None]:
+                raise ValueError(f"redis_url is missing beside {given[0]}: add it, or remove {given[0]}")
+            return self
+        try:
+            address = RedisAddress.parse(self.redis_url)
+        except ValueError as error:
+            raise ValueError(f"redis_url {error}") from None
+        if self.redis_username is not None and self.redis_password_file is None:
+            raise ValueError("redis_password_file is missing beside redis_username: add it")
+        if self.redis_ca_file is not None and not address.is_encrypted:
+            raise ValueError("redis_ca_file is of no use without TLS: write rediss:// in redis_url, or remove it")
+        if self.redis_key_prefix.upper().startswith("RAY"):
+            raise ValueError("redis_key_prefix must not begin with RAY, as Ray's own keys do: choose another one")
+        return self
 
     @property
     def path(self) -> Path:
         return Path(self.directory).expanduser() if self.directory else default_home()
+
+    def resolved(self) -> "StateArgs":
+        """The same with the directory as it is here and now, to be sent to other processes."""
+        return self.model_copy(update={"directory": str(self.path)})
 
 
 class AppArgs(_Settings):

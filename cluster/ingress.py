@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -27,6 +26,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.llm.ingress import OpenAiIngress
 
 from cluster.answers import AnswerReader, wants_usage, with_usage
+from cluster.config import StateArgs
 from cluster.http_app import at_end
 from cluster.openai_errors import (
     RequestError,
@@ -49,7 +49,7 @@ from cluster.request_checks import (
 from cluster.serve_lengths import LengthExchange
 from cluster.serve_tenants import LiveTenants
 from cluster.serve_weights import WeightTeller
-from cluster.state import SqliteStore
+from cluster.stores import open_store
 from cluster.tenant_limits import Refusal, Ticket
 from cluster.tenant_registry import Tenant
 from cost_service.cost_actor import start_cost_actor
@@ -80,11 +80,11 @@ class AdaptiveIngress(OpenAiIngress):
         num_ingresses: int,
         max_model_len: int,
         limits: RequestLimits,
-        state_file: str,
+        state: StateArgs,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        store = SqliteStore(Path(state_file))
+        store = open_store(state)
         # Here, for the ingress runs wherever the application does, and the actors take no request's time.
         start_cost_actor(store)
         start_fairness_actor(store)

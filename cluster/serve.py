@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster import keys, models
 from cluster.config import AppArgs, ServeFile, load
+from cluster.stores import check_store
 from replicas.features import refused_feature
 from replicas.host_memory import available_memory_bytes
 
@@ -50,6 +51,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         file = configure(options)
         check_ports(file.host, file.port, options.dashboard_port)
+        check_store(file.args.state)
         folder = models.prepare(file.args.model.source, file.args.state.path, say)
         check_model(file.args, folder)
         keys.load_or_create(file.args.state.path)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from cluster.bench_arm import FIRST_COME, STOCK, Arm, EngineSettings
+from cluster.config import StateArgs
 from cluster.prompts import RequestSpec
 from cluster.records import RunResult
-from cluster.state import SqliteStore
+from cluster.stores import open_store
 from replicas.channel import CHANNEL_VARIABLE, ServerEnd
 from replicas.messages import CostSamples, EngineTotals, ServiceReport
 
@@ -36,7 +37,7 @@ def cluster_actors(folder: Path) -> Iterator[None]:
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        store = SqliteStore(folder / "state.sqlite")
+        store = open_store(StateArgs(directory=str(folder)))
         for actor in (start_cost_actor(store), start_fairness_actor(store)):
             ray.get(actor.status.remote())
         yield

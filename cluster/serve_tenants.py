@@ -7,11 +7,12 @@ import asyncio
 from collections.abc import Mapping
 from typing import NoReturn
 
-from cluster.cache_salt import cache_salt, load_or_create_secret
+from cluster.cache_salt import CacheSalts
 from cluster.tenant_copy import TenantCopy
 from cluster.tenant_limits import Admissions
-from cluster.tenant_registry import Store, Tenant
+from cluster.tenant_registry import Tenant
 from cost_service.serve_metrics import degraded_gauge
+from cost_service.store import Store
 
 INTERVAL_S = 2.0
 
@@ -22,14 +23,14 @@ class LiveTenants:
     def __init__(self, store: Store, bootstrap: Mapping[str, str], *, num_ingresses: int) -> None:
         """Read the store once, and be ready also if it is away; arguments as of `TenantRegistry` and `Admissions`."""
         self.admissions = Admissions(num_ingresses=num_ingresses)
-        self._secret = load_or_create_secret(store)
+        self._store, self._salts = store, CacheSalts()
         self._copy = TenantCopy(store, bootstrap)
         self._degraded = degraded_gauge()
         self._refresh()
 
     @property
     def may_know_all(self) -> bool:
-        """Whether the store was ever read: before, a key that is not known may be a good one."""
+        """Whether the store was ever read: before, nobody is known."""
         return self._copy.is_read
 
     def tenant_of(self, key: str) -> Tenant | None:
@@ -38,7 +39,7 @@ class LiveTenants:
 
     def cache_salt(self, tenant: str) -> str:
         """Return what keeps a tenant's prefix cache apart from others'."""
-        return cache_salt(self._secret, tenant)
+        return self._salts.salt(tenant)
 
     def weights(self) -> Mapping[str, float]:
         """Return the weights of all tenants by name."""
@@ -51,4 +52,10 @@ class LiveTenants:
             await asyncio.to_thread(self._refresh)
 
     def _refresh(self) -> None:
-        self._degraded.set(float(not self._copy.refresh()), tags={"part": "tenants"})
+        is_well = self._copy.refresh()
+        if is_well:
+            try:
+                self._salts.refresh(self._store)
+            except OSError:  # the next look says so, if it lasts
+                is_well = False
+        self._degraded.set(float(not is_well), tags={"part": "tenants"})

@@ -6,7 +6,6 @@ Rules:
 - Writes are transactions; SQLite's write-ahead log keeps readers and a killed writer apart.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,8 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from cluster.document import DamageLog, sha256, to_text
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,12 @@ TIMEOUT_S = 5.0
 
 
 class SqliteStore:
-    """Documents by collection and name. Every call opens the file anew: it may be on another process's way at any time."""
+    """Documents by collection and name, for one host (`cost_service.store.Store`).
+
+    Every call opens the file anew: it may be on another process's way at any time.
+    """
+
+    is_shared = False
 
     def __init__(self, path: Path) -> None:
         """Open or make the file; one that is no database is put aside with a warning.
@@ -41,6 +47,7 @@ class SqliteStore:
             OSError: The folder cannot be written.
         """
         self.path = path
+        self._damage = DamageLog(str(path))
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._make()
@@ -56,18 +63,15 @@ class SqliteStore:
         Raises:
             OSError: The file cannot be read.
         """
-        try:
-            with closing(self._connect()) as connection:
-                rows = connection.execute(
-                    "SELECT name, json, sha256 FROM documents WHERE collection = ?", (collection,)
-                ).fetchall()
-        except sqlite3.Error as error:
-            raise OSError(f"{self.path} cannot be read: {error}") from None
-        return {
-            name: json.loads(text)
-            for name, text, checksum in rows
-            if self._is_whole(f"{collection}/{name}", text, checksum)
-        }
+        return {name: json.loads(text) for name, text in self._read(collection)}
+
+    def names(self, collection: str) -> frozenset[str]:
+        """Return the names of a collection's documents, without damaged ones.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        return frozenset(name for name, _ in self._read(collection))
 
     def save(self, collection: str, name: str, document: Any) -> None:
         """Replace a document.
@@ -94,10 +98,10 @@ class SqliteStore:
                 ).fetchone()
                 is_whole = before is not None and self._is_whole(f"{collection}/{name}", *before)
                 document = change(json.loads(before[0]) if is_whole else None)
-                text = json.dumps(document, sort_keys=True)
+                text = to_text(document)
                 connection.execute(
                     "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?)",
-                    (collection, name, text, hashlib.sha256(text.encode()).hexdigest()),
+                    (collection, name, text.decode(), sha256(text)),
                 )
         except sqlite3.Error as error:
             raise OSError(f"{self.path} cannot be written: {error}") from None
@@ -113,11 +117,23 @@ class SqliteStore:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(SCHEMA)
 
+    def _read(self, collection: str) -> list[tuple[str, str]]:
+        """Names and texts of the documents that are whole."""
+        try:
+            with closing(self._connect()) as connection:
+                rows = connection.execute(
+                    "SELECT name, json, sha256 FROM documents WHERE collection = ?", (collection,)
+                ).fetchall()
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path} cannot be read: {error}") from None
+        return [(name, text) for name, text, checksum in rows if self._is_whole(f"{collection}/{name}", text, checksum)]
+
     def _is_whole(self, place: str, text: str, checksum: str) -> bool:
         """Whether a document is what was saved; says so if not."""
-        if hashlib.sha256(text.encode()).hexdigest() == checksum:
+        if sha256(text.encode()) == checksum:
+            self._damage.whole(place)
             return True
-        logger.warning("%s in %s is damaged and left out.", place, self.path)
+        self._damage.damaged(place, "its checksum is wrong")
         return False
 
     def _connect(self) -> sqlite3.Connection:

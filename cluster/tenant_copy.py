@@ -1,57 +1,78 @@
 """One ingress's copy of the tenants, read anew beside requests.
 
 Rules:
-- The store may be away at any time: the last known tenants stay, keys and caps as they were.
-- Tenants are never deleted. One that was there and is missing has a damaged document: it stays as it was, too.
+- The store may be away at any time: the last known tenants stay, keys and caps as they were. Before it was read once,
+  nobody is known: a key that the installation's file holds may have been revoked.
+- Tenants are never deleted, and only grow newer. One that is missing, damaged or older than it is known here was lost in the
+  store (it was emptied, or set back): it stays as it was, and is put back.
 - What was read is whole before it takes the place of what was known; a reader never sees a half.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
-from cluster.tenant_registry import Store, Tenant, TenantRegistry
+from cluster.tenant_registry import Directory, Tenant, TenantRegistry
+from cost_service.store import Store
 
 logger = logging.getLogger(__name__)
 
-READ_ANEW = 30
-"""Looks after which everything is read whatever the version says: a writer may have been killed before it said so."""
+MAX_READ_ANEW, TENANTS_PER_LOOK = 30, 500
+"""Looks after which everything is read whatever the version says, the fewer the fewer tenants there are, and at most: a
+writer may have been killed before it said so, and documents may be damaged."""
 
 
 class TenantCopy:
     """The tenants as they were last seen."""
 
     def __init__(self, store: Store, bootstrap: Mapping[str, str]) -> None:
-        """Know the keys of the installation's file alone, until the first `refresh`; arguments as of `TenantRegistry`."""
+        """Know nobody until the first `refresh`; arguments as of `TenantRegistry`."""
         self._registry = TenantRegistry(store, bootstrap)
         self._known: Mapping[str, Tenant] = {}
-        self._missing: Collection[str] = ()
         self._version: str | None = None
         self._looks_to_go = 0
         self._is_away = False
-        self.directory = self._registry.directory({})
+        self._lost: frozenset[str] = frozenset()
+        self.directory = Directory({}, {})
         self.is_read = False
-        """Whether the store was ever read: before that, a key that is not known may be a good one."""
+        """Whether the store was ever read: before that, no key is known to be a good one, or a bad one."""
+
+    @property
+    def read_anew(self) -> int:
+        """Looks from one time that everything is read to the next."""
+        return min(MAX_READ_ANEW, 1 + len(self._known) // TENANTS_PER_LOOK)
 
     def refresh(self) -> bool:
-        """Look for changes; returns whether all tenants are as the store has them. Blocks: not for an event loop."""
+        """Look for changes; returns whether the store can be used. Blocks: not for an event loop."""
         try:
             version = self._registry.version()
-            if version != self._version or self._looks_to_go == 0:
+            if version != self._version or self._looks_to_go <= 0:
                 self._read(version)
         except OSError as error:
             if not self._is_away:
-                logger.warning("The store does not answer (%s): tenants stay as they are.", error)
-            self._is_away = True
+                logger.warning("The store cannot be used (%s): tenants stay as they are.", error)
+            self._is_away, self._looks_to_go = True, 0  # it may come back empty
             return False
+        if self._is_away:
+            logger.warning("The store can be used again.")
         self._looks_to_go -= 1
         self._is_away = False
-        return not self._missing
+        return True
 
     def _read(self, version: str | None) -> None:
         stored = self._registry.stored()
-        self._missing = self._known.keys() - stored.keys()
-        for name in sorted(self._missing):
-            logger.warning("Tenant %s is no longer in the store: it stays as it was.", name)
-        self._known = {**self._known, **stored}
+        lost = [
+            tenant
+            for name, tenant in self._known.items()
+            if name not in stored or stored[name].revision < tenant.revision
+        ]
+        self._known = {**stored, **{tenant.name: tenant for tenant in lost}}
         self.directory = self._registry.directory(self._known)
-        self._version, self._looks_to_go, self.is_read = version, READ_ANEW, True
+        self._version, self._looks_to_go, self.is_read = version, self.read_anew, True
+        before, self._lost = self._lost, frozenset(tenant.name for tenant in lost)
+        if self._lost - before:
+            logger.warning(
+                "%d tenants are no longer in the store as they were, %s the first: they stay, and are put back.",
+                len(lost), min(self._lost),
+            )  # fmt: skip
+        if lost:
+            self._registry.put_back(lost)

@@ -2,42 +2,31 @@
 
 Rules:
 - A tenant's document is changed whole, by one at a time, and never deleted: nobody else gets its name, and one that is
-  missing is damaged.
+  missing is damaged, or its store was emptied. Every change has a higher revision, so that a copy knows which is newer.
 - A key is shown once and stored as its hash. A revoked one stays in the document, so that no other source of keys (the file
   with the bootstrap key) brings it back.
 - Whoever has a copy of the tenants sees by one small document, `version`, that it is old: every change ends with a new one.
   It is a random name, no number: two who change something at the same time cannot choose the same.
 """
 
-import logging
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
+from cluster.document import DamageLog
 from cluster.keys import Keyring, hash_key, key_id, new_key
 from cluster.tenant_limits import TenantLimits
 from cost_service.charges import SYSTEM, checked_weight
-
-logger = logging.getLogger(__name__)
+from cost_service.store import Store
 
 TENANTS, VERSION = "tenants", "tenants_version"
 MAX_KEYS = 1000
 """Of one tenant, revoked ones included."""
-
-
-class Store(Protocol):
-    """Where documents lie (`cluster.state`)."""
-
-    def load(self, collection: str) -> Mapping[str, Any]: ...
-
-    def save(self, collection: str, name: str, document: Any) -> None: ...
-
-    def update(self, collection: str, name: str, change: Callable[[Any | None], Any]) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +59,8 @@ class Tenant:
 
     limits: TenantLimits = field(default_factory=TenantLimits)
     keys: tuple[Key, ...] = ()
+    revision: int = 0
+    """How often it was changed."""
 
     def __post_init__(self) -> None:
         checked_weight(self.weight)
@@ -114,6 +105,7 @@ class TenantRegistry:
             bootstrap: See `Directory`.
         """
         self._store, self._bootstrap = store, bootstrap
+        self._damage = DamageLog("the store")
 
     def version(self) -> str | None:
         """Another one than before, if tenants may have changed; read it before the tenants themselves."""
@@ -126,7 +118,9 @@ class TenantRegistry:
             try:
                 tenants[name] = _tenant(name, document)
             except ValueError as error:
-                logger.warning("%s", error)
+                self._damage.damaged(f"{TENANTS}/{name}", str(error))
+            else:
+                self._damage.whole(f"{TENANTS}/{name}")
         return tenants
 
     def directory(self, known: Mapping[str, Tenant] | None = None) -> Directory:
@@ -213,6 +207,20 @@ class TenantRegistry:
 
         return self._change(name, change)
 
+    def put_back(self, tenants: Iterable[Tenant]) -> None:
+        """Store tenants as a copy knows them, but for those whose document is as new, or newer."""
+        for tenant in tenants:
+
+            def apply(before: Any | None, tenant: Tenant = tenant) -> Any:
+                try:
+                    is_newer = before is None or _tenant(tenant.name, before).revision < tenant.revision
+                except ValueError:
+                    is_newer = True
+                return _document(tenant) if is_newer else before
+
+            self._store.update(TENANTS, tenant.name, apply)
+        self._tell()
+
     def _change(self, name: str, change: Callable[[Tenant], Tenant]) -> Tenant:
         """Change a tenant that exists, be it by the bootstrap file alone."""
 
@@ -226,7 +234,7 @@ class TenantRegistry:
                 raise ValueError(f"Tenant {name} has had {MAX_KEYS} keys, and may have no more: make another tenant.")
             # The file's keys are its own to replace, as long as they are not revoked.
             own = (key for key in after.keys if key.revoked is not None or key.sha256 not in self._bootstrap)
-            return _document(replace(after, keys=tuple(own)))
+            return _document(replace(after, keys=tuple(own), revision=tenant.revision + 1))
 
         tenant = _tenant(name, self._store.update(TENANTS, name, apply))
         self._tell()

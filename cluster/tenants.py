@@ -14,7 +14,7 @@ from typing import Any
 from cluster import keys
 from cluster.config import load
 from cluster.serve import DEFAULT_CONFIG
-from cluster.state import SqliteStore
+from cluster.stores import check_store, open_store
 from cluster.tenant_limits import TenantLimits
 from cluster.tenant_registry import Tenant, TenantRegistry
 
@@ -56,8 +56,9 @@ def main(options: argparse.Namespace) -> int:
     """Do it; 0, or 2 with one sentence when it cannot be done."""
     try:
         _check_folder(options.json)  # a key that was made and could not be shown would be lost
-        directory = load(options.config).args.state.path
-        registry = TenantRegistry(SqliteStore(directory / "state.sqlite"), keys.load(directory).to_mapping())
+        state = load(options.config).args.state
+        check_store(state)
+        registry = TenantRegistry(open_store(state), keys.load(state.path).to_mapping())
         text, result = CHANGES[options.change](registry, options)
         if options.json is None:
             print(text)

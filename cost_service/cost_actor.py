@@ -1,7 +1,7 @@
 """The cost service as one Ray actor for the whole cluster (shell around `cost_service.service` and `length_service`).
 
 Rules:
-- Refitting runs in a thread of its own, so that calls wait for no longer than one kind's arithmetic.
+- Refitting and storing run in threads of their own, so that calls wait for no longer than one kind's arithmetic.
 - Replicas exchange samples for snapshots, and ingresses finished requests for those of others; how, and what they do while
   it is away, says `cost_service.named_actor`.
 """
@@ -11,9 +11,12 @@ import threading
 import time
 from typing import Any
 
+from cost_service.keeper import Keeper
 from cost_service.length_service import SAVE_INTERVAL_S, LengthService
 from cost_service.named_actor import start_actor
-from cost_service.service import ACTOR, REFIT_INTERVAL_S, CostService, Kind, Store
+from cost_service.serve_state import StateLoop
+from cost_service.service import ACTOR, REFIT_INTERVAL_S, CostService, Kind
+from cost_service.store import Store
 
 logger = logging.getLogger("ray.serve")
 
@@ -22,10 +25,16 @@ class CostActor:
     """Takes what replicas measure and gives them the newest costs of their kind; takes and gives output lengths."""
 
     def __init__(self, store: Store) -> None:
-        self._service, self._lengths = CostService(store), LengthService(store)
+        self._service, self._lengths = CostService(), LengthService()
         self._lock, self._lengths_lock = threading.Lock(), threading.Lock()
+        self._state = StateLoop(
+            ACTOR,
+            [
+                Keeper(store, self._service, self._lock),
+                Keeper(store, self._lengths, self._lengths_lock, save_interval_s=SAVE_INTERVAL_S),
+            ],
+        )
         threading.Thread(target=self._refit_for_ever, daemon=True, name="refit").start()
-        threading.Thread(target=self._save_lengths_for_ever, daemon=True, name="save").start()
 
     def observe(self, costs: str, samples: bytes) -> int:
         """See `CostService.observe`."""
@@ -65,15 +74,6 @@ class CostActor:
                     self._service.refit()
             except Exception:
                 logger.exception("Costs could not be learned from the last samples; the versions before stay in force.")
-
-    def _save_lengths_for_ever(self) -> None:
-        while True:
-            time.sleep(SAVE_INTERVAL_S)
-            try:
-                with self._lengths_lock:
-                    self._lengths.save()
-            except Exception:
-                logger.exception("Output lengths could not be stored; they are learned on.")
 
 
 def start_cost_actor(store: Store) -> Any:

@@ -6,12 +6,14 @@ Rules:
 - An ingress that is new gets the whole model; after that the others' requests, as many as the log and `MAX_NEWS` hold: in
   a busy cluster a sample of them, the newest. Ingresses need not agree to the request: they learn quantiles.
 - A report is learned once, however often it comes.
-- What is stored is one document; a damaged one is said and left out, and so is one that cannot be written.
-- No Ray, no clock: the actor around it (`cost_service.cost_actor`) says when to save.
+- What is stored is one document; a damaged one is said and left out. One that is read late does not undo what was learned
+  meanwhile: the newest requests are learned again on top of it.
+- No Ray, no clock, no store: the actor around it (`cost_service.cost_actor`) keeps its document.
 """
 
 import logging
 from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Annotated, Any, Literal
@@ -20,7 +22,6 @@ import msgspec
 
 from cost_service.length_messages import FinishedRequest, LengthNews, LengthReport
 from cost_service.output_length import OutputLength
-from cost_service.service import Store
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +80,12 @@ class LengthQuality:
 
 
 class LengthService:
-    """One model for the whole cluster, over one store."""
+    """One model for the whole cluster. Its document is one of `cost_service.keeper.Kept`."""
 
-    def __init__(self, store: Store) -> None:
-        """Begin with what the store has."""
-        self._store = store
+    collections = (COLLECTION,)
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
         self._model = OutputLength()
         self._newest = self._saved = 0
         """Requests that were learned in all, and when it was saved last."""
@@ -93,12 +95,28 @@ class LengthService:
 
         self._log: deque[tuple[int, str, FinishedRequest]] = deque(maxlen=LOG)
         self.quality = LengthQuality()
-        document = store.load(COLLECTION).get(NAME)
+
+    def restore(self, documents: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take the stored model, and learn on top of it what is in the log."""
+        document = documents[COLLECTION].get(NAME)
         if document is not None:
             try:
                 self._restore(document)
             except ValueError as error:
                 logger.warning("The stored output lengths are left out, and learned anew: %s", error)
+
+    def unsaved(self) -> Iterator[tuple[str, str, Any]]:
+        """The document, if something was learned since it was yielded last."""
+        if self._newest != self._saved:
+            self._saved = self._newest
+            stored = _Stored(
+                schema=1, newest=self._newest, numbers=list(self._numbers.items()), model=self._model.to_document()
+            )
+            yield COLLECTION, NAME, msgspec.to_builtins(stored)
+
+    def forget_saved(self) -> None:
+        """Let the document count as unsaved."""
+        self._saved = 0
 
     def exchange(self, report: bytes) -> bytes:
         """Learn from an ingress's report, a `LengthReport`; return `LengthNews` for it.
@@ -117,21 +135,6 @@ class LengthService:
                 self._numbers.popitem(last=False)
             self._learn(told)
         return msgspec.json.encode(self._news(told))
-
-    def save(self) -> bool:
-        """Store what was learned since the last call; return whether it is."""
-        if self._newest == self._saved:
-            return False
-        stored = _Stored(
-            schema=1, newest=self._newest, numbers=list(self._numbers.items()), model=self._model.to_document()
-        )
-        try:
-            self._store.save(COLLECTION, NAME, msgspec.to_builtins(stored))
-        except OSError as error:
-            logger.warning("Output lengths are not stored: %s", error)
-            return False
-        self._saved = self._newest
-        return True
 
     def status(self) -> dict[str, Any]:
         """Requests that were learned, and how well those since the last start were predicted."""
@@ -152,8 +155,11 @@ class LengthService:
         for request in told.finished:
             learn(self._model, request)
             self.quality.add(request)
-            self._newest += 1
-            self._log.append((self._newest, told.source, request))
+            self._note(told.source, request)
+
+    def _note(self, source: str, request: FinishedRequest) -> None:
+        self._newest += 1
+        self._log.append((self._newest, source, request))
 
     def _news(self, told: LengthReport) -> LengthNews:
         heard = told.heard
@@ -167,9 +173,18 @@ class LengthService:
 
     def _restore(self, document: Any) -> None:
         stored = msgspec.convert(document, _Stored)
-        self._model = OutputLength.from_document(stored.model)
-        self._newest = self._saved = stored.newest
-        self._numbers = OrderedDict(stored.numbers)
+        model = OutputLength.from_document(stored.model)
+        self._model = model
+        self._saved = stored.newest
+        self._numbers = OrderedDict(stored.numbers) | self._numbers
+        while len(self._numbers) > MAX_SOURCES:
+            self._numbers.popitem(last=False)
+        since = [(source, request) for _, source, request in self._log]
+        self._log.clear()
+        self._newest = stored.newest
+        for source, request in since:
+            learn(model, request)
+            self._note(source, request)
 
 
 def learn(model: OutputLength, request: FinishedRequest) -> None:

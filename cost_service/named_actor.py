@@ -2,6 +2,8 @@
 
 Rules:
 - Detached, restarted for ever, no CPU of its own: an actor comes back with what its store holds.
+- With a store that all nodes share it runs on any node, and comes back on another one when its node is lost. A store that
+  is a file keeps it on the head node: wherever else it came back it would find another file.
 - Nobody waits for one on a request's path or in an engine's step: whoever exchanges does so beside them.
 - It may be away at any time: who exchanges goes on with what it has, says so once, and tries again.
 """
@@ -13,24 +15,30 @@ from typing import Any, NoReturn
 
 import ray
 
+from cost_service.store import Store
+
 logger = logging.getLogger("ray.serve")
 
 NAMESPACE = "adaptivellm"
 TIMEOUT_S = 5.0
 
+HEAD = {"node:__internal_head__": 0.001}
+"""A little of what Ray gives the head node alone."""
 
-def start_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
+
+def start_actor(cls: type, name: str, store: Store, **options: Any) -> Any:
     """Start an actor of a class where there is none of that name yet; returns its handle at once.
 
     Args:
-        arguments: Of the class.
+        cls: Made with the store alone.
+        store: Travels to the actor; where it is a file, it is one of the head node.
         options: Ray's, beyond those that all our actors have.
     """
     ours = {
         "name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0,
-        "max_restarts": -1,
+        "max_restarts": -1, "resources": {} if store.is_shared else HEAD,
     }  # fmt: skip
-    return ray.remote(cls).options(**ours, **options).remote(*arguments)
+    return ray.remote(cls).options(**ours, **options).remote(store)
 
 
 def find_actor(name: str) -> Any | None:

@@ -8,7 +8,7 @@ def degraded_gauge() -> Gauge:
     return Gauge(
         "adaptivellm_degraded",
         description="1 while a part is not itself: preemption does as vLLM does, cost_service or fairness does not answer a "
-        "replica, output_lengths are not exchanged by an ingress, tenants are not read anew, weights are not told by an "
-        "ingress, routing_stats are late.",
+        "replica, state of either is not stored, output_lengths are not exchanged by an ingress, tenants are not read anew, "
+        "weights are not told by an ingress, routing_stats are late.",
         tag_keys=("part",),
     )

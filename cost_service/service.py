@@ -2,14 +2,14 @@
 
 Rules:
 - A kind is (model, hardware, parallelism, tokens per block); what one kind measures never reaches another's snapshot.
-- The last good version stays until a better one is there: a snapshot that cannot be stored or made is said and left out.
-- No Ray, no clock: the actor around it (`cost_service.cost_actor`) says when to refit.
+- The last good version stays until a better one is there: a snapshot that cannot be made is said and left out.
+- No Ray, no clock, no store: the actor around it (`cost_service.cost_actor`) says when to refit, and keeps its documents.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -33,18 +33,6 @@ MAX_KINDS = 64
 _samples = msgspec.json.Decoder(list[Sample])
 
 
-class Store(Protocol):
-    """Where state survives a restart (`cluster.state`)."""
-
-    def load(self, collection: str) -> Mapping[str, Any]:
-        """Return the documents of a collection by name."""
-        ...
-
-    def save(self, collection: str, name: str, document: Any) -> None:
-        """Replace a document."""
-        ...
-
-
 class Kind(NamedTuple):
     """Replicas that share their costs."""
 
@@ -60,23 +48,45 @@ class Kind(NamedTuple):
 
 
 class CostService:
-    """Learners by kind, over one store."""
+    """Learners by kind. Its documents are those of `cost_service.keeper.Kept`."""
 
-    def __init__(self, store: Store) -> None:
-        """Begin with what the store has; a document that is damaged is said and left out."""
-        self._store = store
+    collections = (KEY,)
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
         self._learners: dict[Kind, CostLearner] = {}
         self._news: set[Kind] = set()
+        self._saved: dict[Kind, int] = {}
+        """Versions that are stored, or are not our own to store."""
+
         self.num_rejected = 0
         """Batches that were none."""
 
-        for name, document in store.load(KEY).items():
+    def restore(self, documents: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take stored snapshots that are newer than what is known; a damaged one is said and left out."""
+        for name, document in documents[KEY].items():
             try:
                 snapshot = CostSnapshot.from_json(json.dumps(document))
             except ValueError as error:
                 logger.warning("The stored costs of %s are left out: %s", name, error)
                 continue
-            self._learners[Kind.of(snapshot)] = CostLearner(snapshot)
+            kind = Kind.of(snapshot)
+            known = self._learners.get(kind)
+            if known is None or known.snapshot.version < snapshot.version:
+                self._learners[kind] = CostLearner(snapshot)
+                self._saved[kind] = snapshot.version
+
+    def unsaved(self) -> Iterator[tuple[str, str, Any]]:
+        """Snapshots that were learned since they were yielded last."""
+        for kind, learner in self._learners.items():
+            snapshot = learner.snapshot
+            if self._saved.get(kind) != snapshot.version:
+                self._saved[kind] = snapshot.version
+                yield KEY, "/".join(map(str, kind)), json.loads(snapshot.to_json())
+
+    def forget_saved(self) -> None:
+        """Let all snapshots count as unsaved."""
+        self._saved.clear()
 
     def observe(self, costs: str, samples: bytes) -> int:
         """Take note of what a replica has measured.
@@ -103,6 +113,7 @@ class CostService:
                 logger.warning("Costs of %s are not learned: there are %d kinds of replicas already.", kind, MAX_KINDS)
                 return 0
             self._learners[kind] = CostLearner(snapshot)
+            self._saved[kind] = snapshot.version  # the replica's, until something is learned
         self._news.add(kind)
         return self._learners[kind].observe(batch)
 
@@ -115,7 +126,6 @@ class CostService:
             before = learner.snapshot.version
             if learner.refit().version > before:
                 learner.check()
-                self._save(kind, learner.snapshot)
                 changed.append(kind)
         return changed
 
@@ -152,9 +162,3 @@ class CostService:
             }
             for kind, learner in sorted(self._learners.items())
         ]
-
-    def _save(self, kind: Kind, snapshot: CostSnapshot) -> None:
-        try:
-            self._store.save(KEY, "/".join(map(str, kind)), json.loads(snapshot.to_json()))
-        except OSError as error:
-            logger.warning("Version %d of the costs of %s is not stored: %s", snapshot.version, kind, error)

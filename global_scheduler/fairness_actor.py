@@ -1,13 +1,11 @@
 """The fairness scheduler as one Ray actor for the whole cluster (shell around `global_scheduler.fairness_service`).
 
 Rules:
-- It runs on the head node alone: its store is a file there, and wherever else it came back it would find another one.
 - One call at a time: a call is some microseconds of arithmetic, and a second thread would only wait for it. What is slow,
-  encoding and writing what is stored, happens in a thread of its own, for a tenth of the time at most.
+  encoding and writing what is stored, happens in a thread of its own (`cost_service.serve_state`).
 - What was reported since the last save is not lost with the actor: replicas tell totals, so that their next reports hold it.
 """
 
-import logging
 import os
 import threading
 import time
@@ -17,32 +15,24 @@ from typing import Any
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from cost_service.keeper import Keeper
 from cost_service.named_actor import start_actor
-from cost_service.service import Store
+from cost_service.serve_state import StateLoop
 from cost_service.service_messages import ACTOR
+from cost_service.store import Store
 from cost_service.tenant_labels import TenantLabels
 from global_scheduler.fairness_pool import PoolFigures
 from global_scheduler.fairness_service import FairnessService
-
-logger = logging.getLogger("ray.serve")
-
-SAVE_INTERVAL_S = 1.0
-SAVE_SHARE = 0.1
-"""Of the time, that saving may take."""
-
-HEAD = {"node:__internal_head__": 0.001}
-"""A little of what Ray gives the head node alone."""
 
 
 class FairnessActor:
     """Merges what replicas report, tells them what they need to know, and keeps it."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self._service = FairnessService(store, life=os.urandom(8).hex(), now_s=time.monotonic())
+        self._service = FairnessService(life=os.urandom(8).hex(), now_s=time.monotonic())
         self._metrics = _Metrics()
         self._lock = threading.Lock()
-        threading.Thread(target=self._keep_for_ever, daemon=True, name="save").start()
+        self._state = StateLoop(ACTOR, [Keeper(store, self._service, self._lock)], each_round=self._tick)
 
     def exchange(self, report: bytes) -> bytes:
         """See `FairnessService.exchange`."""
@@ -63,26 +53,10 @@ class FairnessActor:
             told = self._service.status()
         return {**told, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
 
-    def _keep_for_ever(self) -> None:
-        wait_s = SAVE_INTERVAL_S
-        while True:
-            time.sleep(wait_s)
-            began_s = time.monotonic()
-            try:
-                self._keep()
-            except Exception as error:
-                with self._lock:
-                    self._service.forget_saved()
-                logger.warning("Fairness could not be stored (%s: %s); it goes on.", type(error).__name__, error)
-            wait_s = max(SAVE_INTERVAL_S, (time.monotonic() - began_s) / SAVE_SHARE)
-
-    def _keep(self) -> None:
+    def _tick(self) -> None:
         with self._lock:
             self._service.tick(time.monotonic())
-            documents, figures = list(self._service.unsaved()), self._service.figures()
-            self._metrics.update(figures)
-        for collection, name, document in documents:
-            self._store.save(collection, name, document)
+            self._metrics.update(self._service.figures())
 
 
 class _Metrics:
@@ -124,5 +98,5 @@ class _Metrics:
 
 
 def start_fairness_actor(store: Store) -> Any:
-    """Start the actor on the head node where there is none yet; returns its handle at once."""
-    return start_actor(FairnessActor, ACTOR, store, resources=HEAD)
+    """Start the actor where there is none yet; returns its handle at once."""
+    return start_actor(FairnessActor, ACTOR, store)

@@ -1,4 +1,4 @@
-"""The fairness scheduler of the whole cluster: pools of replicas and tenants' weights, over one store.
+"""The fairness scheduler of the whole cluster: pools of replicas and tenants' weights.
 
 Data flow: a replica's `FairnessReport` -> its pool -> a `FairnessAnswer`; ingresses tell weights; all of it is stored.
 
@@ -9,8 +9,10 @@ Rules:
   more than `MAX_BUSY` of the time.
 - The last weight that was told of a tenant holds in every pool, also after a restart; tenants without one weigh 1.
 - A stored document is its state as JSON text, for the order in it counts and a store may sort. A damaged one is said and
-  left out: the pool then begins with what its replicas know.
-- No Ray, no clock: the actor around it (`global_scheduler.fairness_actor`) says what time it is, and when to save.
+  left out: the pool then begins with what its replicas know. So it does where a replica reports before the store was read:
+  what is read late is then older than what replicas know.
+- No Ray, no clock, no store: the actor around it (`global_scheduler.fairness_actor`) says what time it is, and keeps its
+  documents.
 """
 
 import logging
@@ -20,7 +22,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 
 from cost_service.charges import ServiceKind, checked_weight
-from cost_service.service import Store
 from cost_service.service_messages import FairnessReport
 from global_scheduler.fairness_pool import FairnessPool, PoolFigures
 
@@ -70,31 +71,38 @@ class _StoredWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class FairnessService:
-    """All pools of a cluster."""
+    """All pools of a cluster. Its documents are those of `cost_service.keeper.Kept`."""
 
-    def __init__(self, store: Store, *, life: str, now_s: float) -> None:
-        """Begin with what the store has.
+    collections = (WEIGHTS, POOLS)
+
+    def __init__(self, *, life: str, now_s: float) -> None:
+        """Begin with nothing.
 
         Args:
             life: A name that no other life of the scheduler has.
         """
         assert life, "a life without a name"
-        self._store, self.life = store, life
+        self.life, self._now_s = life, now_s
         self._pools: dict[PoolName, FairnessPool] = {}
         self._weights: dict[str, float] = {}
         self._weights_changed = False
+        self._is_told = False
+        """Whether an ingress has told weights: it tells all that it knows."""
+
         self._saved: dict[PoolName, int] = {}
         self._said: dict[str, None] = {}
         self._cost_s = 0.0
         self.num_refused = 0
         """Reports that were none, or impossible, or of lives of engines that are over."""
 
-        self._load_weights()
-        for name, document in store.load(POOLS).items():
+    def restore(self, documents: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take stored weights and pools; those that somebody has told of since stay as they are."""
+        self._restore_weights(documents[WEIGHTS].get(ALL))
+        for name, document in documents[POOLS].items():
             try:
                 if len(self._pools) >= MAX_POOLS:
                     raise ValueError(f"there are {MAX_POOLS} pools already")
-                self._restore(document, now_s)
+                self._restore(document)
             except ValueError as error:
                 logger.warning("The stored fairness of %s is left out: %s", name, error)
 
@@ -134,6 +142,7 @@ class FairnessService:
             ValueError: A weight is out of range; none is taken then.
         """
         checked = {tenant: checked_weight(weight) for tenant, weight in weights.items()}
+        self._is_told |= bool(checked)
         for tenant, weight in checked.items():
             if self._weights.get(tenant, 1.0) != weight:
                 self._weights[tenant] = weight
@@ -144,11 +153,12 @@ class FairnessService:
 
     def tick(self, now_s: float) -> None:
         """Let go replicas that are silent, and state bounds anew; about once a second."""
+        self._now_s = now_s
         for pool in self._pools.values():
             pool.tick(now_s)
 
     def unsaved(self) -> Iterator[tuple[str, str, Any]]:
-        """Documents that have changed since they were yielded last, as arguments for the store's `save`."""
+        """Weights and pools that have changed since they were yielded last."""
         if self._weights_changed:
             self._weights_changed = False
             yield WEIGHTS, ALL, msgspec.to_builtins(_StoredWeights(schema=1, weights=dict(self._weights)))
@@ -161,7 +171,7 @@ class FairnessService:
                 yield POOLS, "/".join(name), msgspec.to_builtins(stored)
 
     def forget_saved(self) -> None:
-        """Let all documents count as unsaved: one could not be written."""
+        """Let all documents count as unsaved."""
         self._weights_changed = bool(self._weights)
         self._saved.clear()
 
@@ -213,23 +223,29 @@ class FairnessService:
             self._said[replica] = None
             logger.warning("A report of replica %r is refused, and so may be later ones: %s", replica, error)
 
-    def _restore(self, document: Any, now_s: float) -> None:
+    def _restore(self, document: Any) -> None:
         stored = msgspec.convert(document, _StoredPool)
         name = PoolName(stored.pool, stored.service)
+        if name in self._pools:
+            raise ValueError("its replicas have reported already")
         pool = self._new_pool(name)
-        pool.restore(msgspec.json.decode(stored.state), now_s)
+        pool.restore(msgspec.json.decode(stored.state), self._now_s)
         self._pools[name] = pool
         self._saved[name] = pool.share.version
 
-    def _load_weights(self) -> None:
-        document = self._store.load(WEIGHTS).get(ALL)
-        if document is None:
+    def _restore_weights(self, document: Any | None) -> None:
+        if document is None or self._is_told:
             return
         try:
             stored = msgspec.convert(document, _StoredWeights)
-            self._weights = {tenant: checked_weight(weight) for tenant, weight in stored.weights.items()}
+            weights = {tenant: checked_weight(weight) for tenant, weight in stored.weights.items()}
         except ValueError as error:
             logger.warning("The stored weights are left out until ingresses tell them: %s", error)
+            return
+        self._weights = weights
+        for pool in self._pools.values():
+            for tenant, weight in weights.items():
+                pool.set_weight(tenant, weight)
 
 
 def _decode(data: bytes) -> FairnessReport:

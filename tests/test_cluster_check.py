@@ -259,6 +259,14 @@ def test_a_redis_on_loopback_may(address: str) -> None:
     check_redis_address("here", address, has_password=False)
 
 
+def test_the_rule_of_settings_holds_for_the_products_redis_too(changed: Changed) -> None:
+    def edit(document: Any) -> None:
+        document["applications"][0]["args"]["state"] = {"redis_url": "redis://8.8.8.8:6379/0"}
+
+    with pytest.raises(ValueError, match=r"set a password in Redis and state\.redis_password_file"):
+        check(changed("manifests/serve_gpu.yaml", edit), ROOT)
+
+
 # Files that are no manifests
 
 

@@ -17,7 +17,6 @@ from cost_service.length_messages import MAX_FINISHED, LengthNews
 from cost_service.length_service import LengthService
 from cost_service.output_length import FIRST_GUESS, OutputLength
 from replicas.request_stamp import OUTPUT_TOKENS, make_stamp
-from tests.test_cost_service_length_service import MemoryStore
 
 CONTEXT = 2048
 
@@ -143,7 +142,7 @@ def test_four_of_five_lengths_lie_within_the_interval() -> None:
 
 
 def test_what_one_ingress_learned_reaches_the_others_and_the_next_ones() -> None:
-    service, (one, other) = LengthService(MemoryStore()), (predictor("a"), predictor("b"))
+    service, (one, other) = LengthService(), (predictor("a"), predictor("b"))
     exchange(one, service), exchange(other, service)
     for _ in range(60):
         serve(one, chat(), 900)
@@ -159,7 +158,7 @@ def test_what_one_ingress_learned_reaches_the_others_and_the_next_ones() -> None
 
 
 def test_a_report_whose_answer_was_lost_is_learned_once() -> None:
-    service, one = LengthService(MemoryStore()), predictor()
+    service, one = LengthService(), predictor()
     exchange(one, service)
     serve(one, chat(), 900)
     service.exchange(msgspec.json.encode(one.report()))  # the answer does not come
@@ -171,7 +170,7 @@ def test_a_report_whose_answer_was_lost_is_learned_once() -> None:
 
 
 def test_what_ended_while_the_model_was_on_its_way_is_not_forgotten() -> None:
-    service, one = LengthService(MemoryStore()), predictor()
+    service, one = LengthService(), predictor()
     serve(one, chat(), 100)
     news = msgspec.json.decode(service.exchange(msgspec.json.encode(one.report())), type=LengthNews)
     assert news.model is not None

@@ -11,14 +11,15 @@ import pytest
 from cluster import serve_weights
 from cluster.serve_weights import WeightTeller
 from global_scheduler.fairness_service import FairnessService
-from tests.test_global_scheduler_fairness_service import MemoryStore
+from tests.stores import MemoryStore, kept
 
 
 class Actor:
     """What Ray's handle is to the teller: a method with `remote`."""
 
     def __init__(self, store: MemoryStore, life: str) -> None:
-        self.service = FairnessService(store, life=life, now_s=0.0)
+        self.service = FairnessService(life=life, now_s=0.0)
+        self.keeper = kept(self.service, store)
         self.set_weights = self
         self.told: list[dict[str, float]] = []
 

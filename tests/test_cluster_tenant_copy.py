@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cache_salt import cache_salt, load_or_create_secret
-from cluster.keys import hash_key
+from cluster import tenant_copy
+from cluster.cache_salt import CacheSalts
+from cluster.keys import hash_key, key_id
 from cluster.state import SqliteStore
-from cluster.tenant_copy import READ_ANEW, TenantCopy
+from cluster.tenant_copy import TenantCopy
 from cluster.tenant_limits import TenantLimits
-from cluster.tenant_registry import TenantRegistry
+from cluster.tenant_registry import Tenant, TenantRegistry
 
 FIRST = "sk-adaptive-the-first"
 BOOTSTRAP = {hash_key(FIRST): "default"}
@@ -66,13 +67,18 @@ def test_every_change_is_seen_at_the_next_look(copy: TenantCopy, registry: Tenan
     assert copy.directory.tenant_of(key) is None
 
 
-def test_nothing_is_read_while_nothing_changes(copy: TenantCopy, registry: TenantRegistry) -> None:
-    add(registry)
+def test_nothing_is_read_while_nothing_changes_and_everything_now_and_then(
+    copy: TenantCopy, registry: TenantRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenant_copy, "TENANTS_PER_LOOK", 3)
+    registry.put_back(Tenant(name=f"t{number}") for number in range(4))
     copy.refresh()
+    assert copy.read_anew == 2
     directory = copy.directory
-    for _ in range(READ_ANEW - 1):
-        assert copy.refresh()
+    assert copy.refresh()
     assert copy.directory is directory
+    assert copy.refresh()
+    assert copy.directory is not directory
 
 
 def test_a_change_whose_writer_died_before_it_told_is_seen_later(
@@ -83,7 +89,7 @@ def test_a_change_whose_writer_died_before_it_told_is_seen_later(
     document = store.load("tenants")["a"]
     document["keys"][0]["revoked"] = "2026-01-01T00:00:00+00:00"
     store.save("tenants", "a", document)
-    for _ in range(READ_ANEW + 1):
+    for _ in range(copy.read_anew + 1):
         copy.refresh()
     assert copy.directory.tenant_of(key) is None
 
@@ -105,63 +111,127 @@ def test_while_the_store_is_away_the_last_known_tenants_stay_and_it_is_said_once
     assert copy.directory.tenant_of(key) is None
 
 
-def test_an_ingress_that_starts_without_the_store_knows_the_bootstrap_key_and_that_it_knows_no_other(
+def test_an_ingress_that_starts_without_the_store_knows_nobody_and_that_it_does_not(
     registry: TenantRegistry, store: SqliteStore
 ) -> None:
+    """Also of the installation's own keys it cannot know whether they were revoked."""
     key = add(registry)
     aside = take_away(store)
     copy = TenantCopy(store, BOOTSTRAP)
     assert not copy.refresh()
-    assert copy.directory.tenant_of(FIRST) is not None
+    assert copy.directory.tenant_of(FIRST) is None
     assert not copy.is_read
     store.path.rmdir()
     aside.rename(store.path)
     assert copy.refresh()
     assert copy.is_read
     assert copy.directory.tenant_of(key) is not None
+    assert copy.directory.tenant_of(FIRST) is not None
 
 
-def test_a_tenant_whose_document_is_damaged_stays_as_it_was_and_others_change(
+def test_a_tenant_whose_document_is_damaged_stays_as_it_was_and_is_put_back(
     copy: TenantCopy, registry: TenantRegistry, store: SqliteStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged, other = add(registry), add(registry, "b")
     copy.refresh()
+    before = registry.stored()["a"]
     with sqlite3.connect(store.path) as connection:
         connection.execute("UPDATE documents SET json = json || ' ' WHERE name = 'a'")
     connection.close()
     registry.revoke("b")
-    assert not copy.refresh()
-    assert not copy.refresh(), "it is said as long as it lasts"
+    assert copy.refresh()
     assert copy.directory.tenant_of(damaged) is not None
     assert copy.directory.tenant_of(other) is None
-    assert "Tenant a is no longer in the store" in caplog.text
+    assert "a the first: they stay, and are put back" in caplog.text
+    assert registry.stored()["a"] == before
+
+
+def test_an_emptied_store_is_filled_again_by_any_copy_and_no_key_comes_back(
+    copy: TenantCopy, registry: TenantRegistry, store: SqliteStore
+) -> None:
+    revoked, key = add(registry), registry.add_key("a")
+    copy.refresh()
+    late = TenantCopy(store, BOOTSTRAP)
+    late.refresh()
+    registry.revoke("a", key_id(hash_key(revoked)))
+    copy.refresh()
+    with sqlite3.connect(store.path) as connection:
+        connection.execute("DELETE FROM documents")
+    connection.close()
+    assert late.refresh(), "it has not heard that a key was revoked"
+    assert registry.stored()["a"].revision == 1
+    for one in (copy, late):
+        for _ in range(one.read_anew + 1):
+            assert one.refresh()
+        assert one.directory.tenant_of(revoked) is None
+        assert one.directory.tenant_of(key) is not None
+    assert registry.stored()["a"].revision == 2
+
+
+def test_what_cannot_be_put_back_is_said_once_and_tried_again(
+    copy: TenantCopy, registry: TenantRegistry, store: SqliteStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = add(registry)
+    copy.refresh()
+    with sqlite3.connect(store.path) as connection:
+        connection.execute("DELETE FROM documents")
+        connection.execute("CREATE TRIGGER full BEFORE INSERT ON documents BEGIN SELECT RAISE(FAIL, 'full'); END")
+    for _ in range(3):
+        assert not copy.refresh()
+        assert copy.directory.tenant_of(key) is not None
+    assert caplog.text.count("put back") == caplog.text.count("cannot be used") == 1
+    with sqlite3.connect(store.path) as connection:
+        connection.execute("DROP TRIGGER full")
+    connection.close()
+    assert copy.refresh()
+    assert set(registry.stored()) == {"a"}
 
 
 # Salts
 
 
+def salts(store: SqliteStore) -> CacheSalts:
+    read = CacheSalts()
+    read.refresh(store)
+    return read
+
+
 def test_salts_are_a_tenants_own_and_the_same_on_every_ingress_and_after_a_restart(store: SqliteStore) -> None:
-    secrets = [load_or_create_secret(store), load_or_create_secret(SqliteStore(store.path))]
-    assert secrets[0] == secrets[1]
-    salts = {cache_salt(secrets[0], name) for name in ("a", "b", "", "default", "\ud800")}
-    assert len(salts) == 5
-    assert {len(salt) for salt in salts} == {64}
+    one, other = salts(store), salts(SqliteStore(store.path))
+    names = ("a", "b", "", "default", "\ud800")
+    assert [one.salt(name) for name in names] == [other.salt(name) for name in names]
+    assert len({one.salt(name) for name in names}) == 5
+    assert {len(one.salt(name)) for name in names} == {64}
 
 
 def test_salts_of_another_deployment_are_others(tmp_path: Path) -> None:
-    secrets = [load_or_create_secret(SqliteStore(tmp_path / name)) for name in ("one", "two")]
-    assert cache_salt(secrets[0], "a") != cache_salt(secrets[1], "a")
+    one, other = (salts(SqliteStore(tmp_path / name)) for name in ("one", "two"))
+    assert one.salt("a") != other.salt("a")
 
 
 @pytest.mark.parametrize("document", [None, 1, "", "0" * 63, {"hex": "0" * 64}])
 def test_a_secret_that_is_none_is_made_anew(store: SqliteStore, document: object) -> None:
     store.save("secrets", "cache_salt", document)
-    assert load_or_create_secret(store) == load_or_create_secret(store)
+    assert salts(store).salt("a") == salts(store).salt("a")
 
 
-def test_without_a_store_an_ingress_makes_a_secret_for_itself(
-    store: SqliteStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    take_away(store)
-    assert load_or_create_secret(store) != load_or_create_secret(store)
-    assert "shares no prefix cache" in caplog.text
+def test_without_a_store_an_ingress_has_a_secret_of_its_own_until_it_reads_the_common_one(store: SqliteStore) -> None:
+    common, alone = salts(store), CacheSalts()
+    aside = take_away(store)
+    with pytest.raises(OSError, match="cannot be read"):
+        alone.refresh(store)
+    assert len({alone.salt("a"), CacheSalts().salt("a"), common.salt("a")}) == 3
+    store.path.rmdir()
+    aside.rename(store.path)
+    alone.refresh(store)
+    assert alone.salt("a") == common.salt("a")
+
+
+def test_a_secret_that_was_lost_in_the_store_is_put_back(store: SqliteStore) -> None:
+    one = salts(store)
+    before = one.salt("a")
+    with sqlite3.connect(store.path) as connection:
+        connection.execute("DELETE FROM documents")
+    connection.close()
+    one.refresh(store)
+    assert one.salt("a") == salts(store).salt("a") == before

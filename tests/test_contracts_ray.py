@@ -128,10 +128,10 @@ def test_stream_batching_can_be_turned_off() -> None:
     assert "stream_batching_interval_ms" in inspect.getsource(LLMServer._get_batch_interval_ms), "cluster/app.py"
 
 
-def test_the_head_node_alone_has_the_resource_that_keeps_the_fairness_actor_there() -> None:
+def test_the_head_node_alone_has_the_resource_that_keeps_actors_there() -> None:
     from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
-    from global_scheduler.fairness_actor import HEAD
+    from cost_service.named_actor import HEAD
 
     assert set(HEAD) == {HEAD_NODE_RESOURCE_NAME}
 

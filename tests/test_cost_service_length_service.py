@@ -15,21 +15,7 @@ from cost_service import length_service
 from cost_service.length_messages import MAX_FINISHED, FinishedRequest, LengthNews, LengthReport
 from cost_service.length_service import COLLECTION, LOG, MAX_NEWS, NAME, LengthQuality, LengthService
 from cost_service.output_length import OutputLength
-
-
-class MemoryStore:
-    def __init__(self, document: Any = None) -> None:
-        self.documents: dict[str, Any] = {} if document is None else {NAME: document}
-        self.num_saved = 0
-
-    def load(self, collection: str) -> dict[str, Any]:
-        assert collection == COLLECTION
-        return dict(self.documents)
-
-    def save(self, collection: str, name: str, document: Any) -> None:
-        assert collection == COLLECTION
-        self.documents[name] = json.loads(json.dumps(document))
-        self.num_saved += 1
+from tests.stores import kept
 
 
 def finished(length: int = 50, *, tenant: str = "t", **changes: Any) -> FinishedRequest:
@@ -43,12 +29,21 @@ def report(number: int, *requests: FinishedRequest, source: str = "a", heard: in
     return msgspec.json.encode(LengthReport(source=source, number=number, heard=heard, finished=requests))
 
 
+def stored(*requests: FinishedRequest) -> dict[str, Any]:
+    """The document of a service that has learned these, or one."""
+    service = LengthService()
+    service.exchange(report(1, *(requests or [finished()])))
+    ((_, _, document),) = service.unsaved()
+    told: dict[str, Any] = json.loads(json.dumps(document))
+    return told
+
+
 def news(answer: bytes) -> LengthNews:
     return msgspec.json.decode(answer, type=LengthNews)
 
 
 def test_an_ingress_hears_of_others_requests_and_never_of_its_own() -> None:
-    service = LengthService(MemoryStore())
+    service = LengthService()
     assert news(service.exchange(report(1, finished(1), finished(2)))).finished == ()
     told = news(service.exchange(report(1, finished(3), source="b")))
     assert [request.output_tokens for request in told.finished] == [1, 2]
@@ -59,14 +54,14 @@ def test_an_ingress_hears_of_others_requests_and_never_of_its_own() -> None:
 
 
 def test_a_repeated_or_belated_report_is_learned_once() -> None:
-    service = LengthService(MemoryStore())
+    service = LengthService()
     for number in (1, 1, 2, 1, 2):
         service.exchange(report(number, finished(number)))
     assert service.status()["learned"] == 2
 
 
 def test_a_new_ingress_gets_the_whole_model() -> None:
-    service = LengthService(MemoryStore())
+    service = LengthService()
     service.exchange(report(1, *[finished(70)] * 50))
     told = news(service.exchange(report(1, source="b", heard=None)))
     assert told.model is not None
@@ -76,7 +71,7 @@ def test_a_new_ingress_gets_the_whole_model() -> None:
 
 
 def test_who_was_away_for_long_hears_of_the_newest() -> None:
-    service = LengthService(MemoryStore())
+    service = LengthService()
     for number in range(4):
         service.exchange(report(number, *[finished(1000 * number + index) for index in range(LOG // 2)]))
     service.check()
@@ -87,11 +82,12 @@ def test_who_was_away_for_long_hears_of_the_newest() -> None:
 
 def test_what_was_learned_is_there_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite"
-    service = LengthService(SqliteStore(path))
+    service, again = LengthService(), LengthService()
+    keeper = kept(service, SqliteStore(path))
     service.exchange(report(1, *[finished(70)] * 50))
-    assert service.save()
-    assert not service.save(), "nothing new"
-    again = LengthService(SqliteStore(path))
+    keeper.keep(1.0)
+    assert list(service.unsaved()) == [], "nothing new"
+    kept(again, SqliteStore(path))
     again.check()
     assert again.status()["learned"] == 50
     again.exchange(report(1, *[finished(70)] * 50))
@@ -101,7 +97,7 @@ def test_what_was_learned_is_there_after_a_kill(tmp_path: Path) -> None:
 
 
 def test_an_ingress_that_remembers_more_than_the_store_hears_of_all_that_is_new() -> None:
-    service = LengthService(MemoryStore())
+    service = LengthService()
     service.exchange(report(1, finished(5)))
     told = news(service.exchange(report(7, source="b", heard=900)))
     assert ([one.output_tokens for one in told.finished], told.newest) == ([5], 1)
@@ -122,41 +118,38 @@ def test_an_ingress_that_remembers_more_than_the_store_hears_of_all_that_is_new(
     ],
 )
 def test_a_damaged_record_is_said_and_learned_anew(change: Any, caplog: pytest.LogCaptureFixture) -> None:
-    store = MemoryStore()
-    before = LengthService(store)
-    before.exchange(report(1, finished()))
-    before.save()
-    damaged = change if not isinstance(change, dict) else store.documents[NAME] | change
-    service = LengthService(MemoryStore(damaged))
+    damaged = change if not isinstance(change, dict) else stored() | change
+    service = LengthService()
+    service.restore({COLLECTION: {NAME: damaged}})
     assert caplog.text.count("are left out, and learned anew") == 1
     assert service.status()["learned"] == 0
     service.exchange(report(2, finished()))
     assert service.status()["learned"] == 1
-    assert service.save()
+    assert len(list(service.unsaved())) == 1
 
 
 @pytest.mark.parametrize("field", ["schema", "newest", "numbers", "model"])
 def test_a_record_without_a_field_is_said_and_learned_anew(field: str, caplog: pytest.LogCaptureFixture) -> None:
-    store = MemoryStore()
-    LengthService(store).save()
-    service = LengthService(store)
-    service.exchange(report(1, finished()))
-    service.save()
-    del store.documents[NAME][field]
-    assert LengthService(store).status()["learned"] == 0
+    document, service = stored(), LengthService()
+    del document[field]
+    service.restore({COLLECTION: {NAME: document}})
+    assert service.status()["learned"] == 0
     assert field in caplog.text
 
 
-def test_a_store_that_cannot_be_written_costs_nothing_but_the_restart(caplog: pytest.LogCaptureFixture) -> None:
-    class FullStore(MemoryStore):
-        def save(self, collection: str, name: str, document: Any) -> None:
-            raise OSError("no space")
-
-    service = LengthService(FullStore())
-    service.exchange(report(1, finished()))
-    assert not service.save()
-    assert "are not stored: no space" in caplog.text
-    assert service.status()["learned"] == 1
+def test_what_is_read_late_does_not_undo_what_was_learned_meanwhile() -> None:
+    service, twin = LengthService(), LengthService()
+    document = stored(*[finished(70)] * 50)
+    service.exchange(report(1, *[finished(9)] * 30, source="late"))
+    service.restore({COLLECTION: {NAME: document}})
+    service.check()
+    twin.restore({COLLECTION: {NAME: document}})
+    twin.exchange(report(1, *[finished(9)] * 30, source="late"))
+    assert service.status()["learned"] == 80
+    first, second = (list(one.unsaved()) for one in (service, twin))
+    assert first == second
+    service.exchange(report(1, *[finished(9)] * 30, source="late"))
+    assert service.status()["learned"] == 80, "a repeated report"
 
 
 def changed(**fields: Any) -> bytes:
@@ -172,7 +165,7 @@ def changed(**fields: Any) -> bytes:
      changed(finished=[["t", "k", 1, 1, False, True, 1.0, 1.0]] * (MAX_FINISHED + 1))],
 )  # fmt: skip
 def test_a_report_that_is_none_is_refused_and_changes_nothing(data: bytes) -> None:
-    service = LengthService(MemoryStore())
+    service = LengthService()
     with pytest.raises(ValueError):  # noqa: PT011  # msgspec's own sentences
         service.exchange(data)
     assert service.status()["learned"] == 0
@@ -180,7 +173,7 @@ def test_a_report_that_is_none_is_refused_and_changes_nothing(data: bytes) -> No
 
 def test_ingresses_that_come_and_go_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(length_service, "MAX_SOURCES", 5)
-    service = LengthService(MemoryStore())
+    service = LengthService()
     for number in range(40):
         service.exchange(report(1, finished(), source=f"ingress {number}"))
         service.exchange(report(number, source="always there"))
@@ -204,7 +197,7 @@ def test_quality_is_of_the_newest_requests() -> None:
 
 
 def test_status_says_nothing_of_quality_before_there_was_a_request() -> None:
-    service = LengthService(MemoryStore())
+    service = LengthService()
     assert service.status() == {"learned": 0, "judged": 0, "cut": 0}
     service.exchange(report(1, finished()))
     assert service.status() == {

@@ -6,7 +6,6 @@ Method: samples drawn from known costs; a store in memory, and the real one.
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -14,22 +13,10 @@ import pytest
 from cluster.state import SqliteStore
 from cost_service.service import KEY, CostService, Kind
 from cost_service.snapshot import CostSnapshot
+from tests.stores import MemoryStore, kept
 from tests.test_cost_service_learner import START, TRUTH, samples
 
 KIND = Kind.of(START)
-
-
-class MemoryStore:
-    def __init__(self) -> None:
-        self.documents: dict[str, Any] = {}
-
-    def load(self, collection: str) -> dict[str, Any]:
-        assert collection == KEY
-        return dict(self.documents)
-
-    def save(self, collection: str, name: str, document: Any) -> None:
-        assert collection == KEY
-        self.documents[name] = document
 
 
 def batch(num: int, *, seed: int = 0, truth: CostSnapshot = TRUTH) -> bytes:
@@ -37,7 +24,7 @@ def batch(num: int, *, seed: int = 0, truth: CostSnapshot = TRUTH) -> bytes:
 
 
 def test_a_fresh_replica_gets_what_another_one_measured() -> None:
-    service = CostService(MemoryStore())
+    service = CostService()
     assert service.snapshot(KIND) is None
     assert service.observe(START.to_json(), batch(400)) == 400
     assert service.refit() == [KIND]
@@ -50,7 +37,7 @@ def test_a_fresh_replica_gets_what_another_one_measured() -> None:
 
 
 def test_two_kinds_of_gpu_keep_their_costs_apart() -> None:
-    service = CostService(MemoryStore())
+    service = CostService()
     other = replace(START, hardware="H100")
     fast = replace(TRUTH, recompute_fixed_s=4e-4, token_s=2e-5, out_block_s=2e-5, in_block_s=1e-5)
     service.observe(START.to_json(), batch(400))
@@ -67,10 +54,12 @@ def test_two_kinds_of_gpu_keep_their_costs_apart() -> None:
 
 def test_the_newest_version_is_there_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite"
-    service = CostService(SqliteStore(path))
+    service, again = CostService(), CostService()
+    keeper = kept(service, SqliteStore(path))
     service.observe(START.to_json(), batch(400))
     service.refit()
-    again = CostService(SqliteStore(path))
+    keeper.keep(1.0)
+    kept(again, SqliteStore(path))
     assert again.snapshot(KIND) == service.snapshot(KIND)
     again.observe(START.to_json(), batch(400, seed=1))
     again.refit()
@@ -80,9 +69,10 @@ def test_the_newest_version_is_there_after_a_kill(tmp_path: Path) -> None:
 
 
 def test_damaged_costs_in_the_store_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    store = MemoryStore()
-    store.documents = {"a": json.loads(START.to_json()), "b": {"schema": 1}, "c": 3}
-    service = CostService(store)
+    store, service = MemoryStore(), CostService()
+    for name, document in {"a": json.loads(START.to_json()), "b": {"schema": 1}, "c": 3}.items():
+        store.save(KEY, name, document)
+    kept(service, store)
     assert [one["model"] for one in service.status()] == [START.model]
     assert caplog.text.count("are left out") == 2
 
@@ -93,27 +83,41 @@ def test_damaged_costs_in_the_store_are_left_out_and_said(caplog: pytest.LogCapt
      (START.to_json(), b'[{"type":"other"}]'), (START.to_json().replace("m", "n", 1), b"[]")],
 )  # fmt: skip
 def test_a_batch_that_is_none_is_counted_and_changes_nothing(costs: str, data: bytes) -> None:
-    service = CostService(MemoryStore())
+    service = CostService()
     assert service.observe(costs, data) == 0
     assert service.num_rejected == 1
     assert service.refit() == []
     assert service.status() == []
 
 
-def test_a_store_that_cannot_be_written_costs_nothing_but_the_restart(caplog: pytest.LogCaptureFixture) -> None:
-    class FullStore(MemoryStore):
-        def save(self, collection: str, name: str, document: Any) -> None:
-            raise OSError("no space")
+def test_costs_that_are_read_late_are_taken_unless_newer_ones_were_learned() -> None:
+    store, service = MemoryStore(), CostService()
+    other = replace(START, hardware="H100", version=7)
+    for name, snapshot in {"a": replace(START, version=START.version + 1, token_s=9.0), "b": other}.items():
+        store.save(KEY, name, json.loads(snapshot.to_json()))
+    for seed in range(2):
+        service.observe(START.to_json(), batch(400, seed=seed))
+        service.refit()
+    learned = service.snapshot(KIND)
+    kept(service, store)
+    assert service.snapshot(KIND) == learned
+    assert service.snapshot(Kind.of(other)) == other.to_json()
 
-    service = CostService(FullStore())
+
+def test_costs_are_told_once_and_again_when_they_are_lost() -> None:
+    service = CostService()
     service.observe(START.to_json(), batch(400))
-    assert service.refit() == [KIND]
-    assert service.snapshot(KIND) is not None
-    assert "is not stored: no space" in caplog.text
+    assert list(service.unsaved()) == [], "a replica's own, from which nothing was learned"
+    service.refit()
+    told = list(service.unsaved())
+    assert [(collection, name) for collection, name, _ in told] == [(KEY, "/".join(map(str, KIND)))]
+    assert list(service.unsaved()) == []
+    service.forget_saved()
+    assert list(service.unsaved()) == told
 
 
 def test_predictions_are_for_people_and_say_whom_they_know() -> None:
-    service = CostService(MemoryStore())
+    service = CostService()
     service.observe(START.to_json(), batch(800))
     service.refit()
     told = service.predict(KIND, num_tokens=500, num_blocks=20)

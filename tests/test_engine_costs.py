@@ -11,7 +11,6 @@ import msgspec
 import pytest
 import zmq
 
-from cluster.state import SqliteStore
 from cost_service.samples import CopySample, PrefillSample, Sample
 from cost_service.service import CostService, Kind
 from cost_service.snapshot import CostSnapshot
@@ -52,7 +51,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 def test_a_fresh_engine_decides_by_what_another_one_measured(tiny_model: Path, tmp_path: Path, server: Server) -> None:
-    service = CostService(SqliteStore(tmp_path / "state.sqlite"))
+    service = CostService()
     with engine(tiny_model, "random", **PRESSURE) as llm:
         generate(llm, FEW)
     told = [message for message in server.read() if isinstance(message, CostSamples)]

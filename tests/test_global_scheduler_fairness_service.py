@@ -8,7 +8,6 @@ sorts keys as the product's does; random histories against a model of totals; ju
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -22,25 +21,13 @@ from global_scheduler import fairness_service
 from global_scheduler.fairness_pool import FORGET_S, SILENT_S, OverError
 from global_scheduler.fairness_service import FairnessService, PoolName
 from replicas.tenant_service import TenantService
+from tests.stores import MemoryStore, kept
 
 LIMITS = ReplicaLimits(
     num_pool_tokens=10_000, max_num_seqs=16, max_tokens=1000, max_service_per_s=2000.0, max_decode_tokens_per_s=500.0
 )
 UNIT = ServiceUnit()
 POOL = "app/m/tokens"
-
-
-class MemoryStore:
-    """Documents as JSON text with sorted keys, as `cluster.state` writes them."""
-
-    def __init__(self) -> None:
-        self.texts: dict[tuple[str, str], str] = {}
-
-    def load(self, collection: str) -> Mapping[str, Any]:
-        return {name: json.loads(text) for (place, name), text in self.texts.items() if place == collection}
-
-    def save(self, collection: str, name: str, document: Any) -> None:
-        self.texts[collection, name] = json.dumps(document, sort_keys=True)
 
 
 class Scheduler:
@@ -52,11 +39,11 @@ class Scheduler:
 
     def start(self) -> None:
         self.lives += 1
-        self.service = FairnessService(self.store, life=f"life-{self.lives}", now_s=self.now_s)
+        self.service = FairnessService(life=f"life-{self.lives}", now_s=self.now_s)
+        self.keeper = kept(self.service, self.store)
 
     def save(self) -> None:
-        for document in self.service.unsaved():
-            self.store.save(*document)
+        self.keeper.keep(self.now_s)
 
     def pool(self) -> Any:
         return self.service._pools[PoolName("app/m", ServiceKind.TOKENS)]

@@ -18,7 +18,6 @@ from replicas.channel import EngineEnd, ServerEnd
 from replicas.messages import EngineTotals, ServiceReport, SetShares
 from replicas.serve_fairness import MAX_UNREAD, FairnessExchange
 from replicas.tenant_service import TenantService
-from tests.test_global_scheduler_fairness_service import MemoryStore
 
 
 class Actor:
@@ -106,7 +105,7 @@ class Replica:
 
 
 def service() -> FairnessService:
-    return FairnessService(MemoryStore(), life="one", now_s=0.0)
+    return FairnessService(life="one", now_s=0.0)
 
 
 def run(test: Callable[[Replica, Replica], Coroutine[Any, Any, None]]) -> None:
@@ -166,7 +165,7 @@ def test_a_scheduler_that_lost_all_is_told_everything_once_and_charges_nothing_t
             replica.engine.serve("f", 50)
             await replica.turn(actor)
             await replica.turn(actor)
-        actor.service = FairnessService(MemoryStore(), life="two", now_s=0.0)
+        actor.service = FairnessService(life="two", now_s=0.0)
         for _ in range(4):
             for replica in (a, b):
                 replica.engine.serve("f", 1)
