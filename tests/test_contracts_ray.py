@@ -229,9 +229,9 @@ def test_old_replicas_drain_and_new_ones_start_before_them_as_we_say() -> None:
     from ray.serve._private import replica
 
     assert {"max_surge_percent", "graceful_shutdown_timeout_s"} <= set(parameters(serve.deployment)), "cluster/app.py"
-    assert "num_ongoing_requests > 0" in inspect.getsource(replica.ReplicaBase._drain_ongoing_requests), (
-        "cluster/app.py: a replica that is told to stop no longer waits for its requests"
-    )
+    source = inspect.getsource(replica)
+    assert "await self._drain_ongoing_requests(" in source, "cluster/app.py: who is told to stop no longer finishes"
+    assert "if num_ongoing_requests > 0 or" in source, "cluster/app.py: who is told to stop no longer finishes"
 
 
 def test_replicas_of_a_node_are_limited_by_what_every_node_has_one_of() -> None:
