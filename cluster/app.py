@@ -3,6 +3,7 @@
 Rule: this is the composition root. It turns settings into Ray's own configuration values and adds nothing else.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster import keys, models
-from cluster.config import GPU_ENVIRONMENT, SCHEDULERS, AppArgs
+from cluster.config import GPU_ENVIRONMENT, SCHEDULERS, AppArgs, ReplicaArgs
 from cluster.http_app import make_app
 from cluster.ingress import ENDPOINTS, AdaptiveIngress
-from cluster.ray_internals import maybe_apply_llm_deployment_config_defaults, to_model_metadata
+from cluster.ray_internals import (
+    IMPLICIT_RESOURCE_PREFIX,
+    maybe_apply_llm_deployment_config_defaults,
+    to_model_metadata,
+)
 from cluster.request_checks import RequestLimits
 from cluster.stores import check_store
 from cost_service.service_messages import ROUTING_STATS_PERIOD_S
@@ -24,6 +29,12 @@ from replicas.features import refused_feature
 
 HEALTH_CHECK_TIMEOUT_S = 60
 """A replica that compiles or prefills a long prompt on few cores answers late; Ray's 10 s would restart it."""
+
+DRAIN_MARGIN_S = 30.0
+"""That an ingress has beyond its replicas, to pass on what they finish last."""
+
+AUTOSCALING_INTERVAL_S, AUTOSCALING_WINDOW_S = 2.0, 30.0
+"""Between two reports of a replica to Serve's autoscaler, and how long Serve keeps them."""
 
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -64,6 +75,8 @@ def build(args: dict[str, Any]) -> Application:
             "num_replicas": ingress.num_replicas,
             "max_replicas_per_node": ingress.max_replicas_per_node,
             "max_ongoing_requests": ingress.max_ongoing_requests,
+            "max_surge_percent": ingress.max_surge_percent,
+            "graceful_shutdown_timeout_s": settings.replicas.drain_timeout_s + DRAIN_MARGIN_S,
             "ray_actor_options": {"num_cpus": ingress.num_cpus, "runtime_env": {"env_vars": SERVE_ENVIRONMENT}},
         },
     )
@@ -87,8 +100,10 @@ def make_llm_config(settings: AppArgs, folder: Path | None) -> LLMConfig:
     """
     replicas = settings.replicas
     deployment: dict[str, Any] = {
-        "num_replicas": replicas.num_replicas,
+        **how_many(replicas),
         "max_ongoing_requests": replicas.max_ongoing_requests,
+        "max_surge_percent": replicas.max_surge_percent,
+        "graceful_shutdown_timeout_s": replicas.drain_timeout_s,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "request_router_config": RequestRouterConfig(
             request_router_class="global_scheduler.serve_router.PlacementRouter",
@@ -118,7 +133,36 @@ def make_llm_config(settings: AppArgs, folder: Path | None) -> LLMConfig:
         deployment["ray_actor_options"] = {"num_cpus": replicas.num_cpus}
         values["accelerator_type"] = replicas.gpu_type
         env_vars |= GPU_ENVIRONMENT
+    if replicas.max_replicas_per_node is not None:
+        # As Serve's own option does it, which Serve refuses beside placement groups: every node has one of such a resource.
+        resource = f"{IMPLICIT_RESOURCE_PREFIX}adaptivellm:{settings.model.id}"
+        deployment["ray_actor_options"]["resources"] = {resource: 1.0 / replicas.max_replicas_per_node}
     return LLMConfig(**values, deployment_config=deployment, runtime_env={"env_vars": env_vars})
+
+
+def how_many(replicas: ReplicaArgs) -> dict[str, Any]:
+    """Return Serve's settings of the number of replicas.
+
+    Without `target_ongoing_requests`: Ray's default for LLMs is 1e9, and our policy does not read it. Without
+    `initial_replicas`: every deployment of a changed config would begin with so many again.
+    """
+    if replicas.autoscaling is None:
+        return {"num_replicas": replicas.num_replicas}
+    settings = replicas.autoscaling.settings()
+    return {
+        "autoscaling_config": {
+            "min_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "metrics_interval_s": AUTOSCALING_INTERVAL_S,
+            "look_back_period_s": AUTOSCALING_WINDOW_S,
+            "policy": {
+                "policy_function": "global_scheduler.serve_autoscaling.KvAutoscaler",
+                "policy_kwargs": asdict(settings),
+            },
+        }
+    }
 
 
 def make_engine_kwargs(settings: AppArgs) -> dict[str, Any]:
@@ -137,7 +181,7 @@ def make_engine_kwargs(settings: AppArgs) -> dict[str, Any]:
         kwargs["max_num_batched_tokens"] = max(replicas.max_model_len, CPU_BATCHED_TOKENS)
     if replicas.kv_cache_bytes is not None:
         kwargs["kv_cache_memory_bytes"] = replicas.kv_cache_bytes
-    if preemption.policy != "stock" or settings.admission != "first-come":
+    if settings.uses_own_scheduler:
         kwargs["scheduler_cls"] = SCHEDULERS[replicas.accelerator]
     if preemption.policy != "stock":
         kwargs["kv_transfer_config"] = {

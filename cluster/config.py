@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.redis_address import RedisAddress
 from cost_service.snapshot import read_fitted
+from global_scheduler.autoscaling import AutoscalerSettings
 
 IMPORT_PATH = "cluster.app:build"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -28,6 +29,8 @@ SCHEDULERS = {
 
 GPU_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """Of engines with our connector: vLLM's second model runner calls it after a step may have overwritten a victim's blocks."""
+
+_AIMS = AutoscalerSettings()
 
 
 class _Settings(BaseModel):
@@ -44,10 +47,68 @@ class ModelArgs(_Settings):
     """The default model's name, a folder in Hugging Face layout, or a hub id (`owner/name`)."""
 
 
+class AutoscalingArgs(_Settings):
+    """How many replicas there are to be, by the load (`global_scheduler.autoscaling`)."""
+
+    min_replicas: int = Field(default=_AIMS.min_replicas, ge=1, le=1000)
+    """It begins with so many."""
+
+    max_replicas: int = Field(ge=1, le=1000)
+    target_kv_use: float = _AIMS.target_kv_use
+    """Share of a replica's KV blocks, or of its `max_num_seqs`, that is to be in use."""
+
+    target_queued_s: float = _AIMS.target_queued_s
+    """Predicted seconds of work that may wait at a replica."""
+
+    max_preemptions_per_s: float = _AIMS.max_preemptions_per_s
+    """Of a replica; more often, one more is started whatever else is aimed at."""
+
+    max_step_up: int = _AIMS.max_step_up
+    max_step_down: int = _AIMS.max_step_down
+    up_delay_s: float = _AIMS.up_delay_s
+    """So long more must be asked for."""
+
+    down_delay_s: float = _AIMS.down_delay_s
+    up_cooldown_s: float = _AIMS.up_cooldown_s
+    """After a change, until the number may rise again."""
+
+    down_cooldown_s: float = _AIMS.down_cooldown_s
+    down_margin: float = _AIMS.down_margin
+    """Part of the targets that must be free beyond them before replicas are given up."""
+
+    max_report_age_s: float = _AIMS.max_report_age_s
+    """A replica at work that has said nothing for so long keeps the number from falling."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        self.settings()
+        return self
+
+    def settings(self) -> AutoscalerSettings:
+        """What the policy is made with."""
+        return AutoscalerSettings(**self.model_dump())
+
+
 class ReplicaArgs(_Settings):
     """The vLLM replicas. Sizes are per replica."""
 
     num_replicas: int = Field(default=2, ge=1, le=1000)
+    """Not read with `autoscaling`."""
+
+    autoscaling: AutoscalingArgs | None = None
+    """None: there are always `num_replicas`."""
+
+    max_replicas_per_node: int | None = Field(default=None, ge=1, le=1000)
+    """Keeps replicas spread: a further one waits for another node. None: as many as fit."""
+
+    drain_timeout_s: float = Field(default=600.0, ge=0)
+    """A replica that is scaled away, or replaced, gets no new requests and has so long to finish those it has; what is
+    unfinished then fails. Longer than the longest request together with its wait."""
+
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+    """Replicas, as a part of all, that start before old ones end when a changed config is deployed. 0: the old ones end
+    first, for there is no room for more."""
+
     accelerator: Literal["cpu", "gpu"] = "cpu"
     gpu_type: str | None = None
     """Ray's accelerator type, such as `H100`; None takes any GPU."""
@@ -92,6 +153,16 @@ class ReplicaArgs(_Settings):
         if owned:
             raise ValueError(f"engine_kwargs.{min(owned)} is set by the product: remove it there")
         return self
+
+    @property
+    def first_replicas(self) -> int:
+        """At the beginning."""
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """At any time."""
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class PreemptionArgs(_Settings):
@@ -150,6 +221,9 @@ class IngressArgs(_Settings):
     num_cpus: float = Field(default=0.2, ge=0)
     max_replicas_per_node: int | None = Field(default=None, ge=1)
     """Ingresses on one node; None: any number. With 1 a lost node takes one at most; more than there are nodes wait."""
+
+    max_surge_percent: int = Field(default=100, ge=0, le=100)
+    """As of replicas; ingresses take little room, and without one requests wait for the next."""
 
     max_ongoing_requests: int = Field(default=4096, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
@@ -224,7 +298,17 @@ class AppArgs(_Settings):
     def _relations(self) -> Self:
         if self.preemption.policy == "stock" and self.fairness.service != "tokens":
             raise ValueError("fairness.service must be tokens with preemption.policy stock: leave it out")
+        if self.replicas.autoscaling is not None and not self.uses_own_scheduler:
+            raise ValueError(
+                "replicas.autoscaling needs our scheduler, which tells what waits: use another preemption.policy than "
+                "stock, or fairness.admission fair"
+            )
         return self
+
+    @property
+    def uses_own_scheduler(self) -> bool:
+        """Whether engines have our scheduler; else they have vLLM's own, which tells nothing."""
+        return self.preemption.policy != "stock" or self.admission != "first-come"
 
     @property
     def admission(self) -> Literal["fair", "first-come"]:
@@ -330,5 +414,5 @@ def _sentence(error: ValidationError) -> str:
         return f"Unknown setting {field}: remove it or correct its name."
     if first["type"] == "missing":
         return f"Setting {field} is missing: add it."
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
     return f"Setting {field}: {message}." if field else f"{message}."

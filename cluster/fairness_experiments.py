@@ -103,6 +103,9 @@ def _tenant(name: str, rate: float, *, weight: float = 1.0, **changes: float) ->
 FLOOD = (_tenant("f", 1.72), _tenant("g", 0.86))
 """2.6 times too much, 2 : 1."""
 
+TWICE_FLOOD = tuple(replace(stream, rate=2.0 * stream.rate) for stream in FLOOD)
+"""As much for twice as many replicas: each asks for more than half of what there is at any time, also while some drain."""
+
 HALF: Mapping[str, Places] = {"f": dict.fromkeys(range(4), 1.0), "g": dict.fromkeys(range(2), 1.0)}
 """f's sessions are on all of four replicas, g's on two."""
 
@@ -140,7 +143,7 @@ ACROSS = (
         disturbances=Disturbances(crashes=((40.0, 3),), restart_s=30.0),
     ),
     Experiment(
-        name="2 -> 4 -> 2 replicas", streams=FLOOD, arms=TWO, breaks=(FIRST_COME,),
+        name="2 -> 4 -> 2 replicas", streams=TWICE_FLOOD, arms=TWO, breaks=(FIRST_COME,),
         disturbances=Disturbances(scale=((30.0, 4), (70.0, 2))),
     ),
     *(_pinned(f"synchronised every {s:g} s", share=ShareSettings(interval_s=s)) for s in (0.05, 0.5, 2.0, 5.0, 20.0)),

@@ -5,6 +5,8 @@ Rules:
 - Of the client's request only checked body fields go further: no header, no id, nothing that reaches connector or scheduler.
   What the scheduler is told of it is our own stamp (`replicas.request_stamp`); the salt of its prefix cache is ours too.
 - Who somebody is, the key alone says. `user`, or the header for it, names an account inside the key's tenant.
+- A replica that is gone before it has said anything has its request sent to another one, once, with its age: no client
+  has seen anything of it. One that has refused it, or failed at it, would do so again.
 - No error text of Ray's or vLLM's leaves; no prompt and no key is logged.
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.llm.ingress import OpenAiIngress
 
@@ -139,25 +141,22 @@ class AdaptiveIngress(OpenAiIngress):
         lengths = self._lengths.predictor
         expected = lengths.expect(tenant.name, checked)
         reader = AnswerReader(wants_usage=wants_usage(checked), on_end=partial(lengths.finish, expected))
-        stamp = make_stamp(
-            tenant=tenant.name,
-            user=user,
-            weight=tenant.weight,
-            age_s=time.monotonic() - arrived_s,
-            **expected.output_tokens(),
-        )
-        ours = {
-            "request_id": uuid.uuid4().hex,
-            "cache_salt": self._tenants.cache_salt(tenant.name),
-            "vllm_xargs": stamp,
-            **with_usage(checked),
-        }
+        stamp = partial(make_stamp, tenant=tenant.name, user=user, weight=tenant.weight, **expected.output_tokens())
+
+        def sent_now() -> dict[str, Any]:
+            return {"request_id": uuid.uuid4().hex, "vllm_xargs": stamp(age_s=time.monotonic() - arrived_s)}
+
+        ours = {"cache_salt": self._tenants.cache_salt(tenant.name), **with_usage(checked), **sent_now()}
         try:
             body = parse.model_validate(checked | ours)
         except ValidationError as error:
             raise _invalid_field(error) from None
         try:
-            return await self._forward(body, method, reader, ticket)
+            try:
+                return await self._forward(body, method, reader, ticket)
+            except RayActorError as error:
+                logger.warning("A replica is gone (%s): its request is sent again.", type(error).__name__)
+                return await self._forward(body.model_copy(update=sent_now()), method, reader, ticket)
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise unavailable() from error
         except RayError as error:

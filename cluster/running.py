@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SERVER = "AdaptiveLLMServer:"
+"""What the names of deployments of replicas begin with."""
+
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
@@ -40,7 +43,7 @@ def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
     found = []
     for application, status in serve.status().applications.items():
         for deployment in status.deployments:
-            if not deployment.startswith("AdaptiveLLMServer:"):
+            if not deployment.startswith(SERVER):
                 continue
             handle = serve.get_deployment_handle(deployment, application)
             try:
@@ -51,6 +54,42 @@ def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
             found += [{**answer, "application": application, "seen_s": seen_s} for answer in answers]
     if not found:
         raise LookupError("no application of ours is running: start one with `make serve`.")
+    return found
+
+
+def ask_deployments() -> list[dict[str, Any]]:
+    """What Serve's controller says of our deployments of replicas.
+
+    Returns:
+        Application, deployment, `target` number of replicas, `states` of those that are there, and what our policy scales
+        them by in `autoscaling`; None where their number is fixed.
+
+    Raises:
+        LookupError: It does not answer.
+    """
+    from ray.exceptions import RayError
+
+    from cluster.ray_internals import _get_global_client
+
+    try:
+        details = _get_global_client().get_serve_details()
+    except RayError as error:
+        raise LookupError(f"Serve does not answer ({type(error).__name__}): try again.") from None
+    found = []
+    for application, of_application in details["applications"].items():
+        for deployment, one in of_application["deployments"].items():
+            if not deployment.startswith(SERVER):
+                continue
+            config = one["deployment_config"].get("autoscaling_config") or {}
+            found.append(
+                {
+                    "application": application,
+                    "deployment": deployment,
+                    "target": one["target_num_replicas"],
+                    "states": [replica["state"] for replica in one["replicas"]],
+                    "autoscaling": config.get("policy", {}).get("policy_kwargs") or None,
+                }
+            )
     return found
 
 

@@ -75,6 +75,8 @@ def configure(options: argparse.Namespace) -> ServeFile:
     if options.model:
         document["args"]["model"] = {"id": model_name(options.model), "source": options.model}
     if options.replicas is not None:
+        if file.args.replicas.autoscaling is not None:
+            raise ValueError("--replicas cannot be given where the config has replicas.autoscaling: change its bounds.")
         document["args"]["replicas"]["num_replicas"] = options.replicas
     document |= {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
     document["args"] = AppArgs.from_mapping(document["args"])
@@ -126,11 +128,11 @@ def check_model(args: AppArgs, folder: Path | None) -> None:
     if args.replicas.accelerator != "cpu":
         return
     pools = (args.replicas.kv_cache_bytes or 0) + args.preemption.host_pool_bytes
-    per_replica = models.weight_bytes(folder) + pools + PROCESS_BYTES
-    wanted, free = per_replica * args.replicas.num_replicas, available_memory_bytes()
+    per_replica, most = models.weight_bytes(folder) + pools + PROCESS_BYTES, args.replicas.most_replicas
+    wanted, free = per_replica * most, available_memory_bytes()
     if wanted > free:
         raise ValueError(
-            f"{args.replicas.num_replicas} replicas need about {wanted / 1e9:.1f} GB together and this host has "
+            f"{most} replicas need about {wanted / 1e9:.1f} GB together and this host has "
             f"{free / 1e9:.1f} GB free: use fewer --replicas, or smaller kv_cache_bytes and host_pool_bytes."
         )
 
@@ -159,7 +161,7 @@ def run(file: ServeFile, dashboard_port: int, say: Callable[[str], None], stop: 
         loading.join()
         from cluster.app import build
 
-        say(f"Deploying {file.args.replicas.num_replicas} replicas of {file.args.model.id} ...")
+        say(f"Deploying {file.args.replicas.first_replicas} replicas of {file.args.model.id} ...")
         target = serve.RunTarget(build(file.args.model_dump()), name=file.name, route_prefix=file.route_prefix)
         serve.run_many([target], wait_for_applications_running=False)
         if wait_until_running(file.name, say, stop):
@@ -194,7 +196,7 @@ def prepare_environment() -> None:
 
 def round_up_cpus(args: AppArgs) -> int:
     """Logical CPUs that the application books, rounded up."""
-    total = args.replicas.num_replicas * args.replicas.num_cpus + args.ingress.num_replicas * args.ingress.num_cpus
+    total = args.replicas.most_replicas * args.replicas.num_cpus + args.ingress.num_replicas * args.ingress.num_cpus
     return -int(-total // 1)
 
 

@@ -25,6 +25,7 @@ from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
 from cluster.routing import LeastLoaded, Placed, RoundRobin, Router
 from cluster.service_curve import service_gaps
+from cluster.simulated_autoscaling import SimulatedAutoscaler, as_report, check_autoscaling, scaling_lines
 from cluster.simulated_cluster import add_cluster_arguments, cluster_of
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_kind import add_kind_arguments, kind_of, timed
@@ -122,6 +123,8 @@ class Outcome:
     """By action: how many were measured, and what those were predicted to take and took. Empty where none is measured."""
     fairness: FairnessFigures | None
     """None: the run was not watched."""
+    scaling: Mapping[str, Any] | None
+    """None: the number of replicas was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +149,7 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     policies, admissions, routers = _names(options.policy), _names(options.admission), _routers(options)
     what = timed(options)
     kinds = {policy: kind_of(options, what, policy=policy) for policy in policies}
+    check_autoscaling(options, admissions)
     for kind in kinds.values():
         for admission in admissions:
             replace(kind, admission=admission)  # refuses what cannot be before anything has run
@@ -225,10 +229,11 @@ def run(
             print(f"{name}: {len(records)} of {len(requests)} requests", file=sys.stderr, flush=True)
 
     cluster = cluster_of(options, ROUTERS[router or _routers(options)[0]])
+    scaler = SimulatedAutoscaler(cluster.autoscaling) if cluster.autoscaling is not None else None
     watch = cluster.watch(kind, requests) if kind.is_fair or options.watch_fairness else None
     simulation = cluster.simulation(
         kind, done=done, watch=watch, credit=cluster.bound(kind, requests).unit if kind.is_fair else None,
-        lengths=None if options.known_lengths else OutputLength(), check=options.check,
+        lengths=None if options.known_lengths else OutputLength(), check=options.check, scaler=scaler,
     )  # fmt: skip
     end_s = simulation.run(requests)
     engines = [replica.engine for replica in simulation.replicas]
@@ -240,6 +245,9 @@ def run(
         computed_tokens=sum(engine.num_scheduled_tokens for engine in engines), crashes=simulation.counts.crashes,
         preemption_costs=_preemption_costs(engines),
         fairness=watch.figures(end_s) if watch is not None else None,
+        scaling=None if scaler is None else as_report(
+            scaler, end_s, sum(record.delivered_tokens for record in records)
+        ),
     )  # fmt: skip
 
 
@@ -290,6 +298,8 @@ def _arm(
     }  # fmt: skip
     if outcome.fairness is not None:
         arm["fairness"] = asdict(outcome.fairness)
+    if outcome.scaling is not None:
+        arm["scaling"] = outcome.scaling
     return arm
 
 
@@ -324,6 +334,7 @@ def table(report: dict[str, Any]) -> str:
         watched = [arm.get("fairness", {}) for arm in arms.values()]
         for name in ("max_service_gap", "bound", "gap_over_bound", "worst_stray", "broken"):
             lines.append(f"{name:<28}" + "".join(_cell(each.get(name), width) for each in watched))
+    lines += scaling_lines(arms)
     if of_arms := report["ratio_to_stock"]:
         lines += ["", f"{'ratio to stock':<28}" + "".join(f"{name:>{width}}" for name in of_arms)]
         for name in RATIO_FIGURES:

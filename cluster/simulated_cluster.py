@@ -13,6 +13,7 @@ from cluster.disturbances import Disturbances
 from cluster.fairness_watch import FairnessWatch, bound_of
 from cluster.records import RequestRecord
 from cluster.routing import Router
+from cluster.simulated_autoscaling import Autoscaling, SimulatedAutoscaler, parse_autoscaling
 from cluster.simulated_replica import LOCAL, ReplicaBuilder, ReplicaKind
 from cluster.simulated_share import ShareSettings, SimulatedShare
 from cluster.simulation import Simulation
@@ -38,11 +39,14 @@ class SimulatedCluster:
 
     share: ShareSettings = field(default_factory=ShareSettings)
     disturbances: Disturbances = field(default_factory=Disturbances)
+    autoscaling: Autoscaling | None = None
+    """None: there are `num_replicas`, or as many as is given in `disturbances`."""
 
     @property
     def most_replicas(self) -> int:
         """At any time."""
-        return max(self.num_replicas, *(num for _, num in self.disturbances.scale), 0)
+        most = self.autoscaling.settings.max_replicas if self.autoscaling is not None else 0
+        return max(self.num_replicas, *(num for _, num in self.disturbances.scale), most)
 
     def bound(self, kind: ReplicaKind, requests: Sequence[TraceRequest]) -> FairnessBound:
         """The stated bound of these requests on these replicas."""
@@ -65,10 +69,12 @@ class SimulatedCluster:
     def simulation(
         self, kind: ReplicaKind, *, done: Callable[[RequestRecord], None], watch: FairnessWatch | None = None,
         credit: float | None = None, lengths: OutputLength | None = None, check: bool = False,
+        scaler: SimulatedAutoscaler | None = None,
     ) -> Simulation:  # fmt: skip
         """A run to begin.
 
         Args:
+            scaler: Of `autoscaling`, where that is wished for.
             credit: How far a tenant may fall behind elsewhere; see `FairCounters`. None: replicas do not exchange.
         """
         if watch is not None:
@@ -81,7 +87,7 @@ class SimulatedCluster:
             ReplicaBuilder(kind), num_replicas=self.num_replicas,
             router=TenantRouter(router, self.pins) if self.pins else router, done=done,
             disturbances=self.disturbances, exchange=exchange, report_interval_s=self.share.interval_s,
-            lengths=lengths, watch=watch, num_users=self.num_users, check=check,
+            lengths=lengths, watch=watch, num_users=self.num_users, scaler=scaler, check=check,
         )  # fmt: skip
 
     def _groups(self, weights: Mapping[str, float]) -> dict[str, str]:
@@ -105,6 +111,12 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--scale", metavar="S:N,...", help="from second S on there are to be N replicas; others drain")
     add(
+        "--autoscale", metavar="MIN:MAX,...",
+        help="as many replicas as the load asks for, instead of --replicas; with further settings, such as"
+        " 2:8,target_queued_s=5 (fair admission only)",
+    )  # fmt: skip
+    add("--startup-s", type=float, default=60.0, help="--autoscale: until a new replica takes requests (default: 60)")
+    add(
         "--pin", action="append", default=[], metavar="TENANT=R:PART,...",
         help="a tenant's replicas, with its part on each (default: 1); may be repeated",
     )  # fmt: skip
@@ -125,10 +137,15 @@ def cluster_of(options: argparse.Namespace, router: Callable[[], Router]) -> Sim
     Raises:
         ValueError: An option is wrong.
     """
-    away = options.fairness_away
+    away, autoscaling = options.fairness_away, None
+    if options.autoscale is not None:
+        autoscaling = parse_autoscaling(options.autoscale, startup_s=options.startup_s)
+        if options.scale is not None:
+            raise ValueError("--scale and --autoscale cannot both say how many replicas there are: leave one out.")
     pins = dict(parse_pin(text) for text in options.pin)
     return SimulatedCluster(
-        num_replicas=options.replicas, router=router, pins=pins,
+        num_replicas=options.replicas if autoscaling is None else autoscaling.settings.min_replicas,
+        router=router, pins=pins, autoscaling=autoscaling,
         num_users=dict(_users(text) for text in options.users),
         share=ShareSettings(
             interval_s=options.sync_interval_s, away=None if away is None else _pair("--fairness-away", away)

@@ -1,5 +1,6 @@
 """What the replicas of a simulated cluster are like, and the engines that run there."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,7 @@ from cluster.simulated_fairness import FairWaiting
 from cluster.simulated_offload import SimulatedOffload
 from cluster.simulated_preemption import SimulatedCosts, SimulatedPreemption
 from cluster.simulated_queue import FirstCome, WaitingQueue
+from cluster.simulated_request import SimulatedRequest
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_swaps import SimulatedSwaps
 from cluster.simulated_time import StepTimes
@@ -76,6 +78,20 @@ class ReplicaKind:
     def is_fair(self) -> bool:
         """Whether tenants are told apart."""
         return self.admission != FIRST_COME
+
+
+class Replica:
+    """One place in the cluster, and the engine that runs there now."""
+
+    def __init__(self, number: int, engine: SimulatedEngine) -> None:
+        self.number, self.engine = number, engine
+        self.epoch = 0
+        self.up = True
+        self.draining = False
+        """Whether it gets no new requests, for it is scaled away; it is gone when it is not up either."""
+        self.awaited_s = math.inf
+        """Of the engine's next step, in the heap of events."""
+        self.requests: dict[SimulatedRequest, None] = {}
 
 
 class ReplicaBuilder:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.simulation import Replica
+from cluster.simulated_replica import Replica
 from cost_service.service_messages import Answer, Report
 from global_scheduler.counters import FairCounters
 from global_scheduler.fair_share import FairShare

@@ -7,7 +7,8 @@ Rules:
 - A crash loses a replica's KV and all its requests, and begins a new epoch. Requests are sent again from their beginning, or
   stay unfinished (`resubmit`).
 - Replicas exchange reports with a scheduler (`Exchange`), at an interval each. Messages arrive late, or never.
-- A replica that is scaled away gets no new requests and is gone when it has served what it has.
+- A replica that is scaled away gets no new requests and is gone when it has served what it has. One that an autoscaler wants
+  takes requests when it has started.
 """
 
 import heapq
@@ -22,8 +23,10 @@ from cluster.disturbances import Disturbances
 from cluster.fairness_watch import FairnessWatch
 from cluster.records import RequestRecord
 from cluster.routing import Router
+from cluster.simulated_autoscaling import SimulatedAutoscaler
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_exchange import Exchange
+from cluster.simulated_replica import Replica
 from cluster.simulated_request import SimulatedRequest, Status, prefix_parts
 from cost_service.output_length import OutputLength
 from cost_service.traces import TraceRequest
@@ -41,20 +44,7 @@ class _Event(IntEnum):
     STEP = 5
     ANSWER = 6
     SCALE = 7
-
-
-class Replica:
-    """One place in the cluster, and the engine that runs there now."""
-
-    def __init__(self, number: int, engine: SimulatedEngine) -> None:
-        self.number, self.engine = number, engine
-        self.epoch = 0
-        self.up = True
-        self.draining = False
-        """Whether it gets no new requests, for it is scaled away; it is gone when it is not up either."""
-        self.awaited_s = math.inf
-        """Of the engine's next step, in the heap of events."""
-        self.requests: dict[SimulatedRequest, None] = {}
+    LOOK = 8
 
 
 @dataclass(slots=True)
@@ -84,6 +74,7 @@ class Simulation:
         lengths: OutputLength | None = None,
         watch: FairnessWatch | None = None,
         num_users: Mapping[str, int] | None = None,
+        scaler: SimulatedAutoscaler | None = None,
         check: bool = False,
     ) -> None:
         """Begin with idle replicas.
@@ -95,6 +86,7 @@ class Simulation:
             lengths: What an ingress predicts and learns; None: engines know each request's length.
             watch: Sees all service and who waits; engines must take no strides then.
             num_users: Of tenants whose requests come from several users, in turns.
+            scaler: Says how many replicas there are to be; None: as many as there are, or as is given.
             check: Whether all that must hold is asserted after each event.
         """
         if num_replicas < 1:
@@ -117,10 +109,16 @@ class Simulation:
             self._at(at_s, _Event.CRASH, (number, None))
         for at_s, num in self.disturbances.scale:
             self._at(at_s, _Event.SCALE, num)
+        if scaler is not None:
+            self._at(0.0, _Event.LOOK, scaler)
 
-    def _begin(self, replica: Replica) -> None:
-        """Let a new replica take part."""
-        self._come_up(replica)
+    def _begin(self, replica: Replica, startup_s: float = 0.0) -> None:
+        """Let a new replica take part, as soon as it has started."""
+        if startup_s:
+            replica.up = False
+            self._at(self.now_s + startup_s, _Event.RESTART, replica)
+        else:
+            self._come_up(replica)
         if self._exchange is not None:
             self._at(self.now_s + self._report_interval_s, _Event.REPORT_DUE, replica)
 
@@ -239,6 +237,8 @@ class Simulation:
             self._report(subject)
         elif kind is _Event.SCALE:
             self._scale(subject)
+        elif kind is _Event.LOOK:
+            self._look(subject)
         else:
             self._deliver(kind, *subject)
 
@@ -349,12 +349,18 @@ class Simulation:
         elif replica.up and replica.engine is engine:
             self._exchange.learn(replica, message)
 
-    def _scale(self, num: int) -> None:
+    def _look(self, scaler: SimulatedAutoscaler) -> None:
+        """Let the autoscaler decide, and again after its interval."""
+        self._scale(scaler.decide(self.replicas, self.now_s), scaler.startup_s)
+        scaler.note(self.replicas, self.now_s)
+        self._at(self.now_s + scaler.interval_s, _Event.LOOK, scaler)
+
+    def _scale(self, num: int, startup_s: float = 0.0) -> None:
         """Have so many replicas: those with the highest numbers come and go."""
         for number in range(len(self.replicas), num):
             replica = Replica(number, self._build(number))
             self.replicas.append(replica)
-            self._begin(replica)
+            self._begin(replica, startup_s)
         for replica in self.replicas:
             was_draining, replica.draining = replica.draining, replica.number >= num
             if replica.draining and not was_draining and replica.up:
@@ -363,6 +369,8 @@ class Simulation:
             elif was_draining and not replica.draining:
                 if replica.up:
                     self._router.up(replica.number, replica.engine, self.now_s)
+                elif startup_s:
+                    self._at(self.now_s + startup_s, _Event.RESTART, replica)
                 else:
                     self._restart(replica)
 

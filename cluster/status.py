@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.running import ask_actor, ask_replicas, connected
+from cluster.running import ask_actor, ask_deployments, ask_replicas, connected
+from cluster.scaling import scaling_rows, scaling_text
 from cost_service.service_messages import ACTOR as FAIRNESS_ACTOR
 
 COLUMNS = (
@@ -51,13 +52,13 @@ def _show(options: argparse.Namespace) -> int:
         time.sleep(options.interval_s)
         now = fetch()
         rows = [summarise(replica, before.get(name)) for name, replica in sorted(now.items())]
-        fairness = fetch_fairness()
+        fairness, scaling = fetch_fairness(), scaling_rows(ask_deployments(), now, before)
         if options.json is None:
             if options.watch:
                 print("\033[2J\033[H", end="")
-            print(table(rows) + "\n\n" + fairness_table(fairness), flush=True)
+            print(scaling_text(scaling) + "\n\n" + table(rows) + "\n\n" + fairness_table(fairness), flush=True)
         else:
-            text = json.dumps({"replicas": rows, "fairness": fairness}, indent=2)
+            text = json.dumps({"scaling": scaling, "replicas": rows, "fairness": fairness}, indent=2)
             print(text) if str(options.json) == "-" else options.json.write_text(text + "\n")
         if not options.watch:
             return 0

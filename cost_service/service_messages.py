@@ -28,6 +28,9 @@ STAMP_TENANT = "adaptivellm_tenant"
 ROUTING_STATS = "adaptivellm"
 """Under which a replica's routing statistics hold its `ReplicaLoad`."""
 
+AUTOSCALING_STATS = "adaptivellm_"
+"""Before the names of the numbers that a replica tells Serve's autoscaler (`AutoscalingStats`)."""
+
 ROUTING_STATS_PERIOD_S = 0.5
 """Between two questions for them: with their own age and the controller's rounds, routers know what was a second ago."""
 
@@ -63,6 +66,43 @@ class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     backlog: dict[str, int] = {}
     """The same by tenant, of at most `MAX_BACKLOG_TENANTS`."""
+
+
+class AutoscalingStats(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a replica tells the autoscaler: numbers alone, for Serve keeps a series of each."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    """KV blocks of the engine; 0 before its first step."""
+
+    num_free_blocks: int = 0
+    max_num_seqs: int = 0
+    """Requests that run in one step at most; 0 before its first step."""
+
+    queued_s: float = 0.0
+    """Predicted seconds until those who wait have been served, if nobody else came."""
+
+    preemptions: int = 0
+    """Since the engine started."""
+
+    age_s: float = 0.0
+    """Seconds since the engine said so."""
+
+    def to_numbers(self) -> dict[str, float]:
+        """Return them by the names under which Serve keeps them."""
+        return {AUTOSCALING_STATS + name: getattr(self, name) for name in self.__struct_fields__}
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, float]) -> "AutoscalingStats | None":
+        """Read what `to_numbers` has written; None where a number is missing or is none that can be."""
+        values: dict[str, float] = {}
+        for name in cls.__struct_fields__:
+            value = numbers.get(AUTOSCALING_STATS + name)
+            if not isinstance(value, int | float) or not 0 <= value < MAX_COUNT:
+                return None
+            values[name] = value if name in ("queued_s", "age_s") else int(value)
+        return cls(**values)  # type: ignore[arg-type]
 
 
 class AccountReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):

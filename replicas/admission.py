@@ -132,8 +132,8 @@ class RequestAdmission:
         num_predicted = num_output_tokens if self.settings.predicts_output else 0
         held = self.settings.unit.service(prompt) + self._output_service(num_predicted)
         waiting = Waiting(
-            request_id=request_id, account=account, arrival_s=arrival_s, service_s=service_s, held=held,
-            num_tokens=num_prompt_tokens,
+            request_id=request_id, account=account, arrival_s=arrival_s, service_s=service_s, prompt_s=prompt_s,
+            held=held, num_tokens=num_prompt_tokens,
         )  # fmt: skip
         self._requests[request_id] = _Request(waiting, num_predicted)
         (self.waiting if queue is None else queue).add(waiting)
@@ -298,6 +298,15 @@ class RequestAdmission:
         for tenant, num in self.skipped.waiting_tokens.items():
             tokens[tenant] = tokens.get(tenant, 0) + num
         return tokens
+
+    def queued_s(self, num_at_once: int) -> float:
+        """Predicted seconds until those who wait have been served, if nobody else came.
+
+        Args:
+            num_at_once: Requests that decode together, and share a step's time; prompts are computed one after another.
+        """
+        prompt_us, output_us = map(sum, zip(self.waiting.queued_us, self.skipped.queued_us, strict=True))
+        return (prompt_us + output_us / max(1, num_at_once)) / 1e6
 
     def take_report(self, *, everything: bool = False) -> Mapping[Account, AccountReport]:
         """Return the lines of the next report, whose number is `sequence` then."""

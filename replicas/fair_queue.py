@@ -57,6 +57,9 @@ class Waiting:
     service_s: float = MIN_SERVICE_S
     """Predicted seconds of service time alone."""
 
+    prompt_s: float = 0.0
+    """Those of them in which its prompt is computed."""
+
     held: float = 0.0
     """Service that is charged in advance when it is admitted: its prompt, and its output if that is predicted."""
 
@@ -64,14 +67,20 @@ class Waiting:
     """Of its prompt, which routers are told that it wants room for."""
 
     def __post_init__(self) -> None:
-        for name, value in (("arrival_s", self.arrival_s), ("service_s", self.service_s), ("held", self.held)):
-            if not math.isfinite(value):
-                raise ValueError(f"{name} of {self.request_id} is {value}; it must be a finite number.")
+        for name in ("arrival_s", "service_s", "prompt_s", "held"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} of {self.request_id} is {getattr(self, name)}; it must be a finite number.")
 
     @property
     def s(self) -> float:
         """Predicted service time, not too small to divide by."""
         return max(MIN_SERVICE_S, self.service_s)
+
+    @property
+    def queued_us(self) -> tuple[int, int]:
+        """Predicted microseconds of its prompt, and of its output alone."""
+        prompt_us = max(0, round(self.prompt_s * 1e6))
+        return prompt_us, max(0, round(self.service_s * 1e6) - prompt_us)
 
     def ratio(self, now_s: float) -> float:
         """Response ratio if it were admitted now."""
@@ -108,6 +117,9 @@ class FairQueue:
         self.now_s = 0.0
         self.waiting_tokens: dict[str, int] = {}
         """By tenant."""
+
+        self.queued_us = (0, 0)
+        """Predicted microseconds of prompts, and of outputs alone, of all that wait; integers, so that sums are exact."""
 
         self._places: dict[str, tuple[Waiting, Place]] = {}
         self._tenants: dict[str, _Tenant] = {}
@@ -151,7 +163,7 @@ class FairQueue:
         arrival_s = waiting.arrival_s if self._is_fair(waiting) else 0.0
         self.service.arrives(waiting.account, waiting.request_id)
         self._insert(waiting, (arrival_s, position, waiting.request_id))
-        self._count(waiting, waiting.num_tokens)
+        self._count(waiting, 1)
 
     def rank(self) -> Rank | None:
         """Choose who goes first now, and return where it stands; None when nobody waits."""
@@ -189,7 +201,7 @@ class FairQueue:
         """
         waiting, _ = self._take_out(request_id)
         self.service.leaves(waiting.account)
-        self._count(waiting, -waiting.num_tokens)
+        self._count(waiting, -1)
         return waiting
 
     def first(self, num: int) -> list[Waiting]:
@@ -223,13 +235,20 @@ class FairQueue:
         for waiting, _ in self._places.values():
             tokens[waiting.account.tenant] = tokens.get(waiting.account.tenant, 0) + waiting.num_tokens
         assert {name: num for name, num in tokens.items() if num} == self.waiting_tokens, "tokens are counted wrongly"
+        queued = [waiting.queued_us for waiting, _ in self._places.values()]
+        assert self.queued_us == (sum(one[0] for one in queued), sum(one[1] for one in queued)), (
+            "work is counted wrongly"
+        )
 
-    def _count(self, waiting: Waiting, num_tokens: int) -> None:
+    def _count(self, waiting: Waiting, sign: int) -> None:
+        """Count a request in, or out."""
         tenant = waiting.account.tenant
-        if num := self.waiting_tokens.get(tenant, 0) + num_tokens:
+        if num := self.waiting_tokens.get(tenant, 0) + sign * waiting.num_tokens:
             self.waiting_tokens[tenant] = num
         else:
             self.waiting_tokens.pop(tenant, None)
+        prompt_us, output_us = waiting.queued_us
+        self.queued_us = self.queued_us[0] + sign * prompt_us, self.queued_us[1] + sign * output_us
 
     def _is_fair(self, waiting: Waiting) -> bool:
         return self.admission is Admission.FAIR and waiting.account.tenant != ANONYMOUS

@@ -9,7 +9,7 @@ import msgspec
 
 from cost_service.charges import Account
 from cost_service.samples import Sample
-from cost_service.service_messages import AccountReport, ReplicaLoad, Share
+from cost_service.service_messages import AccountReport, AutoscalingStats, ReplicaLoad, Share
 from replicas.config import PreemptionPolicy
 from replicas.fair_queue import Admission
 from replicas.turnaround import Ended
@@ -141,8 +141,11 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forb
     num_waiting_tokens: int
     """Of the prompts of those who wait."""
 
+    queued_s: float
+    """Predicted seconds until those who wait have been served, if nobody else came."""
+
     backlog: dict[str, int]
-    """The same by tenant, of those of whom most waits (`cost_service.service_messages.heaviest`)."""
+    """Tokens of the prompts by tenant, of those of whom most waits (`cost_service.service_messages.heaviest`)."""
 
     dropped_messages: int
     """Totals that found no room on the channel; the next ones carry their content."""
@@ -153,6 +156,14 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag="totals", forb
             epoch=self.epoch, sequence=self.sequence, age_s=age_s, num_running=self.num_running,
             num_waiting=self.num_waiting, num_blocks=self.num_kv_blocks, num_free_blocks=self.num_free_kv_blocks,
             block_size=self.block_size, num_waiting_tokens=self.num_waiting_tokens, backlog=self.backlog,
+        )  # fmt: skip
+
+    def autoscaling(self, age_s: float) -> AutoscalingStats:
+        """What the autoscaler is told of them, `age_s` after the engine said so."""
+        return AutoscalingStats(
+            num_running=self.num_running, num_waiting=self.num_waiting, num_blocks=self.num_kv_blocks,
+            num_free_blocks=self.num_free_kv_blocks, max_num_seqs=self.max_num_seqs, queued_s=self.queued_s,
+            preemptions=self.swaps + self.recomputes, age_s=age_s,
         )  # fmt: skip
 
 

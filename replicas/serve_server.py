@@ -18,7 +18,7 @@ from ray.serve.llm import LLMServer
 from ray.util.metrics import Counter, Gauge
 
 from cost_service.serve_metrics import degraded_gauge
-from cost_service.service_messages import ROUTING_STATS, ReplicaLoad
+from cost_service.service_messages import ROUTING_STATS, AutoscalingStats, ReplicaLoad
 from replicas.channel import CHANNEL_VARIABLE, ServerEnd
 from replicas.config import parse_admission, parse_policy
 from replicas.messages import CostSamples, EngineTotals, ServiceReport, SetPolicy
@@ -108,6 +108,12 @@ class AdaptiveLLMServer(LLMServer):
                 self._load = totals.load(time.monotonic() - self._totals_at_s)
             stats[ROUTING_STATS] = msgspec.to_builtins(self._load)
         return stats
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaler: what the engine last said. One that has said nothing has nothing to do yet."""
+        totals = self._totals
+        stats = AutoscalingStats() if totals is None else totals.autoscaling(time.monotonic() - self._totals_at_s)
+        return stats.to_numbers()
 
     async def _read_channel(self) -> None:
         while True:

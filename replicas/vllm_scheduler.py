@@ -374,9 +374,14 @@ class _AdaptiveMixin(Scheduler):
             costs_version=preemptor.costs.version,
             block_size=self.block_size,
             num_waiting_tokens=sum(waiting_tokens.values()),
+            queued_s=admission.queued_s(self._num_at_once()) if admission is not None else 0.0,
             backlog=heaviest(waiting_tokens),
             dropped_messages=self._channel.num_dropped if self._channel else 0,
         )
+
+    def _num_at_once(self) -> int:
+        """Requests that decode together: those that run, or that will when a first step has admitted them."""
+        return len(self.running) or min(self.max_num_running_reqs, len(self.waiting) + len(self.skipped_waiting))
 
     def _waiting_tokens(self) -> dict[str, int]:
         """Tokens of those who wait, by tenant."""

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from cluster.config import AppArgs, ServeFile, default_home, load
 from cost_service.snapshot import CostSnapshot
+from global_scheduler.autoscaling import AutoscalerSettings
 from replicas.config import SwapConfig
 from tests.test_cost_service_learner import TRUTH
 
@@ -58,6 +59,43 @@ def test_the_size_of_the_cache_is_all_that_must_be_said() -> None:
     assert args.replicas.num_replicas == 2
     assert args.model.id == args.model.source == "smollm2-135m-instruct"
     assert args.preemption.policy == "adaptive"
+
+
+def test_the_number_of_replicas_is_fixed_unless_bounds_are_given() -> None:
+    fixed = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 * MIB, "num_replicas": 3}}).replicas
+    assert (fixed.autoscaling, fixed.first_replicas, fixed.most_replicas) == (None, 3, 3)
+    bounds = {"min_replicas": 2, "max_replicas": 6, "target_queued_s": 4}
+    scaled = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 * MIB, "autoscaling": bounds}}).replicas
+    assert scaled.autoscaling is not None
+    assert (scaled.first_replicas, scaled.most_replicas) == (2, 6)
+    assert scaled.autoscaling.settings() == AutoscalerSettings(min_replicas=2, max_replicas=6, target_queued_s=4.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "Setting replicas.autoscaling.max_replicas is missing: add it."),
+        ({"max_replicas": 2, "steps": 1}, "Unknown setting replicas.autoscaling.steps: remove it or correct its name."),
+        (
+            {"min_replicas": 3, "max_replicas": 2},
+            "Setting replicas.autoscaling: min_replicas must not be above max_replicas: it is 3, above 2.",
+        ),
+        (
+            {"max_replicas": 2, "target_kv_use": 80},
+            "Setting replicas.autoscaling: target_kv_use must be above 0 and at most 1: it is 80.0.",
+        ),
+    ],
+)
+def test_aims_that_cannot_be_are_refused_by_name(values: dict[str, Any], said: str) -> None:
+    assert refusal(autoscaling=values) == said
+
+
+def test_vllms_own_scheduler_tells_nothing_to_scale_by() -> None:
+    args = {"replicas": {"kv_cache_bytes": 64 * MIB, "autoscaling": {"max_replicas": 2}}}
+    assert "replicas.autoscaling needs our scheduler" in sentence(
+        AppArgs.from_mapping, args | {"preemption": {"policy": "stock"}}
+    )
+    AppArgs.from_mapping(args | {"preemption": {"policy": "stock"}, "fairness": {"admission": "fair"}})
 
 
 def test_settings_are_frozen() -> None:

@@ -169,6 +169,21 @@ def test_memory_counts_every_replica(folder: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_memory_counts_as_many_replicas_as_the_load_may_ask_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "available_memory_bytes", lambda: 7_000_000_000)
+    config = yaml.safe_load(serve.DEFAULT_CONFIG.read_text())
+    config["applications"][0]["args"]["replicas"]["autoscaling"] = {"max_replicas": 3}
+    file = tmp_path / "scaled.yaml"
+    file.write_text(yaml.safe_dump(config))
+    args = serve.configure(options("--config", str(file))).args
+    assert sentence(serve.check_model, args, folder).startswith("3 replicas")
+    assert serve.round_up_cpus(args) == 3
+    said = sentence(serve.configure, options("--config", str(file), "--replicas", "2"))
+    assert said.startswith("--replicas cannot be given where the config has replicas.autoscaling")
+
+
 def test_gpu_replicas_and_hub_ids_are_not_measured_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "available_memory_bytes", lambda: 0)
     serve.check_model(AppArgs.from_mapping({"replicas": {"accelerator": "gpu"}}), folder)

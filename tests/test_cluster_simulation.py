@@ -13,10 +13,11 @@ from cluster.records import RequestRecord
 from cluster.routing import LeastLoaded, Placed, RoundRobin
 from cluster.simulated_engine import SimulatedEngine
 from cluster.simulated_preemption import SimulatedPreemption
+from cluster.simulated_replica import Replica
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_swaps import SimulatedSwaps
 from cluster.simulated_time import LinearTimes
-from cluster.simulation import Replica, Simulation
+from cluster.simulation import Simulation
 from cost_service.snapshot import CostSnapshot
 from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy, SwapConfig

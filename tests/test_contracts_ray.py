@@ -181,3 +181,66 @@ def test_an_ingress_calls_a_replica_with_the_body_first() -> None:
     assert "getattr(model_handle,call_method).remote(body,raw_request_info)" in source, (
         "global_scheduler/serve_router.py"
     )
+
+
+def test_an_autoscaling_policy_is_asked_and_made_as_serve_autoscaling_expects() -> None:
+    from ray.serve._private import autoscaling_state
+    from ray.serve.autoscaling_policy import _apply_delay_logic
+    from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+
+    where = "global_scheduler/serve_autoscaling.py"
+    names = {"running_replicas", "current_num_replicas", "target_num_replicas", "policy_state", "deployment_name"}
+    assert names <= set(parameters(AutoscalingContext.__init__)), where
+    assert hasattr(AutoscalingContext, "raw_metrics"), where
+    assert "raw(**policy.policy_kwargs)" in inspect.getsource(autoscaling_state._resolve_policy_callable), where
+    assert {"policy_function", "policy_kwargs"} <= set(AutoscalingPolicy.model_fields), "cluster/app.py"
+    needed = {
+        "min_replicas", "max_replicas", "upscale_delay_s", "downscale_delay_s", "metrics_interval_s",
+        "look_back_period_s", "policy",
+    }  # fmt: skip
+    assert needed <= set(AutoscalingConfig.model_fields), "cluster/app.py"
+    without = AutoscalingConfig(max_replicas=9, upscale_delay_s=0.0, downscale_delay_s=0.0)
+    for wanted in (3, 7):
+        assert _apply_delay_logic(wanted, 5, without, {})[0] == wanted, f"{where}: Serve waits by itself"
+
+
+def test_serve_keeps_a_series_of_each_number_that_a_replica_tells_its_autoscaler() -> None:
+    from ray.serve._private import replica
+    from ray.serve._private.common import TimeStampedValue
+
+    where = "replicas/serve_server.py"
+    assert '"record_autoscaling_stats"' in inspect.getsource(replica), where
+    assert "isinstance(value, (int, float))" in inspect.getsource(replica), where
+    assert {"timestamp", "value"} <= set(TimeStampedValue.__dataclass_fields__), "global_scheduler/serve_autoscaling.py"
+
+
+def test_the_controller_says_how_many_replicas_are_wanted_and_what_they_are_scaled_by() -> None:
+    from ray.serve._private.client import ServeControllerClient
+    from ray.serve.schema import DeploymentDetails, DeploymentSchema
+
+    assert parameters(ServeControllerClient.get_serve_details) == [], "cluster/running.py"
+    names = {"target_num_replicas", "deployment_config", "replicas"}
+    assert names <= set(DeploymentDetails.model_fields), "cluster/running.py"
+    assert "autoscaling_config" in DeploymentSchema.model_fields, "cluster/running.py"
+
+
+def test_old_replicas_drain_and_new_ones_start_before_them_as_we_say() -> None:
+    from ray import serve
+    from ray.serve._private import replica
+
+    assert {"max_surge_percent", "graceful_shutdown_timeout_s"} <= set(parameters(serve.deployment)), "cluster/app.py"
+    source = inspect.getsource(replica)
+    assert "await self._drain_ongoing_requests(" in source, "cluster/app.py: who is told to stop no longer finishes"
+    assert "if num_ongoing_requests > 0 or" in source, "cluster/app.py: who is told to stop no longer finishes"
+
+
+def test_replicas_of_a_node_are_limited_by_what_every_node_has_one_of() -> None:
+    from ray.llm._internal.serve.core.server import llm_server
+    from ray.serve._private import deployment_scheduler
+
+    from cluster.ray_internals import IMPLICIT_RESOURCE_PREFIX
+
+    assert IMPLICIT_RESOURCE_PREFIX, "cluster/app.py"
+    assert "1.0 / scheduling_request.max_replicas_per_node" in inspect.getsource(deployment_scheduler), "cluster/app.py"
+    source = inspect.getsource(llm_server.LLMServer.get_deployment_options)
+    assert '**ray_actor_options.get("resources", {})' in source, "cluster/app.py: resources are not in the first bundle"

@@ -35,6 +35,24 @@ def admit(one: RequestAdmission, name: str, *, engine_us: int = 0) -> None:
     one.admitted(name, num_computed_tokens=10, num_cached_tokens=0, engine_us=engine_us)
 
 
+def test_what_waits_takes_its_prompts_one_after_another_and_its_outputs_together() -> None:
+    one = admission_of()
+    assert one.queued_s(8) == 0.0
+    add(one, "a", prompt_s=0.25)
+    add(one, "b", "g", prompt_s=0.25)
+    assert one.queued_s(1) == 2.0, "each is a second long"
+    assert one.queued_s(4) == 0.5 + 1.5 / 4
+    assert one.queued_s(0) == one.queued_s(1), "nobody runs yet"
+    admit(one, "a")
+    assert one.queued_s(1) == 1.0
+    one.put_back("a", one.skipped)
+    assert one.queued_s(1) == 2.0, "both queues wait"
+    one.skipped.remove("a")
+    one.waiting.remove("b")
+    assert one.queued_s(1) == 0.0
+    one.check()
+
+
 @pytest.mark.parametrize("predicts_output", [True, False])
 def test_a_running_requests_predicted_output_counts_in_advance_if_asked_for(predicts_output: bool) -> None:
     one = admission_of(predicts_output=predicts_output)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cost_service.charges import Account, Served
 from cost_service.samples import CopySample, LinkSample, PrefillSample
-from cost_service.service_messages import AccountReport, Known, Share
+from cost_service.service_messages import AccountReport, AutoscalingStats, Known, Share
 from replicas.config import PreemptionPolicy
 from replicas.fair_queue import Admission
 from replicas.messages import (
@@ -64,6 +64,20 @@ def test_routers_are_told_of_room_and_of_who_waits() -> None:
     load = EngineTotals(**fields).load(0.25)
     assert (load.num_blocks, load.num_free_blocks, load.block_size, load.num_waiting_tokens) == (100, 7, 1, 3)
     assert (load.backlog, load.sequence, load.age_s) == ({"a": 3}, 5, 0.25)
+
+
+def test_the_autoscaler_is_told_of_room_seats_waiting_work_and_preemptions() -> None:
+    fields = TOTALS_FIELDS | {
+        "num_kv_blocks": 100,
+        "num_free_kv_blocks": 7,
+        "queued_s": 2.5,
+        "swaps": 3,
+        "recomputes": 4,
+    }
+    stats = EngineTotals(**fields).autoscaling(0.25)
+    assert (stats.num_blocks, stats.num_free_blocks, stats.max_num_seqs) == (100, 7, 1)
+    assert (stats.queued_s, stats.preemptions, stats.age_s) == (2.5, 7, 0.25)
+    assert AutoscalingStats.from_numbers(stats.to_numbers()) == stats
 
 
 @pytest.mark.parametrize("policy", PreemptionPolicy)
