@@ -14,7 +14,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster import keys, models
-from cluster.config import GPU_ENVIRONMENT, SCHEDULERS, AppArgs, ReplicaArgs
+from cluster.config import GPU_ENVIRONMENT, SCHEDULERS, AppArgs
 from cluster.http_app import make_app
 from cluster.ingress import ENDPOINTS, AdaptiveIngress
 from cluster.ray_internals import (
@@ -22,6 +22,7 @@ from cluster.ray_internals import (
     maybe_apply_llm_deployment_config_defaults,
     to_model_metadata,
 )
+from cluster.replica_settings import ReplicaArgs
 from cluster.request_checks import RequestLimits
 from cluster.stores import check_store
 from cost_service.service_messages import ROUTING_STATS_PERIOD_S

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cluster.redis_address import RedisAddress
+from cluster.replica_settings import ReplicaArgs, Settings
 from cost_service.snapshot import read_fitted
-from global_scheduler.autoscaling import AutoscalerSettings
 
 IMPORT_PATH = "cluster.app:build"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -30,14 +30,8 @@ SCHEDULERS = {
 GPU_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """Of engines with our connector: vLLM's second model runner calls it after a step may have overwritten a victim's blocks."""
 
-_AIMS = AutoscalerSettings()
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelArgs(_Settings):
+class ModelArgs(Settings):
     """Which model is served, and under which name."""
 
     id: str = Field(default=DEFAULT_MODEL, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
@@ -47,125 +41,7 @@ class ModelArgs(_Settings):
     """The default model's name, a folder in Hugging Face layout, or a hub id (`owner/name`)."""
 
 
-class AutoscalingArgs(_Settings):
-    """How many replicas there are to be, by the load (`global_scheduler.autoscaling`)."""
-
-    min_replicas: int = Field(default=_AIMS.min_replicas, ge=1, le=1000)
-    """It begins with so many."""
-
-    max_replicas: int = Field(ge=1, le=1000)
-    target_kv_use: float = _AIMS.target_kv_use
-    """Share of a replica's KV blocks, or of its `max_num_seqs`, that is to be in use."""
-
-    target_queued_s: float = _AIMS.target_queued_s
-    """Predicted seconds of work that may wait at a replica."""
-
-    max_preemptions_per_s: float = _AIMS.max_preemptions_per_s
-    """Of a replica; more often, one more is started whatever else is aimed at."""
-
-    max_step_up: int = _AIMS.max_step_up
-    max_step_down: int = _AIMS.max_step_down
-    up_delay_s: float = _AIMS.up_delay_s
-    """So long more must be asked for."""
-
-    down_delay_s: float = _AIMS.down_delay_s
-    up_cooldown_s: float = _AIMS.up_cooldown_s
-    """After a change, until the number may rise again."""
-
-    down_cooldown_s: float = _AIMS.down_cooldown_s
-    down_margin: float = _AIMS.down_margin
-    """Part of the targets that must be free beyond them before replicas are given up."""
-
-    max_report_age_s: float = _AIMS.max_report_age_s
-    """A replica at work that has said nothing for so long keeps the number from falling."""
-
-    @model_validator(mode="after")
-    def _relations(self) -> Self:
-        self.settings()
-        return self
-
-    def settings(self) -> AutoscalerSettings:
-        """What the policy is made with."""
-        return AutoscalerSettings(**self.model_dump())
-
-
-class ReplicaArgs(_Settings):
-    """The vLLM replicas. Sizes are per replica."""
-
-    num_replicas: int = Field(default=2, ge=1, le=1000)
-    """Not read with `autoscaling`."""
-
-    autoscaling: AutoscalingArgs | None = None
-    """None: there are always `num_replicas`."""
-
-    max_replicas_per_node: int | None = Field(default=None, ge=1, le=1000)
-    """Keeps replicas spread: a further one waits for another node. None: as many as fit."""
-
-    drain_timeout_s: float = Field(default=600.0, ge=0)
-    """A replica that is scaled away, or replaced, gets no new requests and has so long to finish those it has; what is
-    unfinished then fails. Longer than the longest request together with its wait."""
-
-    max_surge_percent: int = Field(default=0, ge=0, le=100)
-    """Replicas, as a part of all, that start before old ones end when a changed config is deployed. 0: the old ones end
-    first, for there is no room for more."""
-
-    accelerator: Literal["cpu", "gpu"] = "cpu"
-    gpu_type: str | None = None
-    """Ray's accelerator type, such as `H100`; None takes any GPU."""
-
-    num_cpus: float = Field(default=0.8, gt=0)
-    """Logical CPUs that Ray books for one replica with its engine."""
-
-    cpu_threads: int = Field(default=1, ge=1)
-    """OpenMP threads of one CPU engine."""
-
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    max_model_len: int = Field(default=2048, ge=64)
-    """Longest prompt plus output, in tokens."""
-
-    max_num_seqs: int = Field(default=64, ge=1)
-    """Requests that run in one step."""
-
-    max_ongoing_requests: int = Field(default=1024, ge=1)
-    """Requests that one replica accepts, waiting ones included. What all refuse waits at the ingress, in no fair order."""
-
-    kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
-    """Engine memory for KV blocks. None: what vLLM finds free (GPU only; CPU replicas must share the host's memory)."""
-
-    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further vLLM engine arguments, passed on as they are."""
-
-    @model_validator(mode="after")
-    def _relations(self) -> Self:
-        if self.accelerator == "cpu" and self.kv_cache_bytes is None:
-            raise ValueError(
-                "kv_cache_bytes must be set on CPU: replicas of one host cannot each take what they find free"
-            )
-        if self.accelerator == "cpu" and self.tensor_parallel_size > 1:
-            raise ValueError("tensor_parallel_size must be 1 on CPU: set it to 1 or use GPUs")
-        on_cpu = {"enable_chunked_prefill", "max_num_batched_tokens"} & set(self.engine_kwargs)
-        if self.accelerator == "cpu" and on_cpu:
-            raise ValueError(f"engine_kwargs.{min(on_cpu)} must be left out on CPU: prefills stay in one piece there")
-        owned = {
-            "model", "served_model_name", "scheduler_cls", "kv_transfer_config", "tensor_parallel_size", "max_model_len",
-            "max_num_seqs", "kv_cache_memory_bytes", "distributed_executor_backend", "async_scheduling",
-        } & set(self.engine_kwargs)  # fmt: skip
-        if owned:
-            raise ValueError(f"engine_kwargs.{min(owned)} is set by the product: remove it there")
-        return self
-
-    @property
-    def first_replicas(self) -> int:
-        """At the beginning."""
-        return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas
-
-    @property
-    def most_replicas(self) -> int:
-        """At any time."""
-        return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
-
-
-class PreemptionArgs(_Settings):
+class PreemptionArgs(Settings):
     """What happens to a request that must give way."""
 
     policy: Literal["stock", "recompute", "swap", "adaptive"] = "adaptive"
@@ -202,7 +78,7 @@ class PreemptionArgs(_Settings):
         return settings
 
 
-class FairnessArgs(_Settings):
+class FairnessArgs(Settings):
     """Who of those who wait is admitted next, and what tenants are compared by."""
 
     admission: Literal["fair", "first-come"] | None = None
@@ -214,7 +90,7 @@ class FairnessArgs(_Settings):
     engine time, for which no bound is stated."""
 
 
-class IngressArgs(_Settings):
+class IngressArgs(Settings):
     """The HTTP side."""
 
     num_replicas: int = Field(default=1, ge=1)
@@ -231,7 +107,7 @@ class IngressArgs(_Settings):
     max_json_depth: int = Field(default=32, ge=4, le=256)
 
 
-class StateArgs(_Settings):
+class StateArgs(Settings):
     """Where the product keeps what must survive a restart."""
 
     directory: str | None = None
@@ -284,7 +160,7 @@ class StateArgs(_Settings):
         return self.model_copy(update={"directory": str(self.path)})
 
 
-class AppArgs(_Settings):
+class AppArgs(Settings):
     """All settings of one application."""
 
     model: ModelArgs = ModelArgs()
@@ -336,7 +212,7 @@ class AppArgs(_Settings):
             raise ValueError(_sentence(error)) from None
 
 
-class ServeFile(_Settings):
+class ServeFile(Settings):
     """A Serve config file with one application of ours."""
 
     args: AppArgs

@@ -10,8 +10,9 @@ from typing import Any
 
 from replicas.host_pool import HostBlockPool
 from replicas.preemption_cost import Candidate
+from replicas.preemption_meter import Prefill
 from replicas.request_stamp import remaining_tokens, tenant_in
-from replicas.vllm_internals import Request, Scheduler
+from replicas.vllm_internals import Request, Scheduler, SchedulerOutput
 
 
 class MemoryView:
@@ -114,3 +115,11 @@ def stamp_of(request: Request) -> Mapping[str, Any]:
 def tenant_of(request: Request) -> str:
     """The tenant that the ingress stamped into the request; empty without a stamp."""
     return tenant_in(stamp_of(request))
+
+
+def prefills_of(scheduled: SchedulerOutput) -> list[Prefill]:
+    """A step's prefills, also those of requests that end with it."""
+    cached, tokens = scheduled.scheduled_cached_reqs, scheduled.num_scheduled_tokens
+    first = {request.req_id: request.num_computed_tokens for request in scheduled.scheduled_new_reqs}
+    first |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+    return [Prefill(request_id=name, first=first[name], num_tokens=num) for name, num in tokens.items() if num > 1]

@@ -35,7 +35,6 @@ from replicas.messages import CostSamples, EngineTotals, SetPolicy, SetShares
 from replicas.parent_watch import watch_parent
 from replicas.preemption import Action, PreemptionDecision
 from replicas.preemption_cost import Candidate, Pressure
-from replicas.preemption_meter import Prefill
 from replicas.preemptor import Preemptor, Recorder
 from replicas.vllm_admission import EngineAdmission
 from replicas.vllm_costs import costs_of, newer_costs, with_copies
@@ -49,7 +48,7 @@ from replicas.vllm_internals import (
     SchedulerOutput,
     SchedulingPolicy,
 )
-from replicas.vllm_memory import MemoryView, tenant_of
+from replicas.vllm_memory import MemoryView, prefills_of, tenant_of
 from replicas.vllm_swap import SwapConnector
 
 logger = logging.getLogger(__name__)
@@ -165,7 +164,7 @@ class _AdaptiveMixin(Scheduler):
         if began_s is None or not scheduled.num_scheduled_tokens:
             return
         tokens = scheduled.num_scheduled_tokens
-        prefills = _prefills(scheduled) if scheduled.total_num_scheduled_tokens > len(tokens) else []
+        prefills = prefills_of(scheduled) if scheduled.total_num_scheduled_tokens > len(tokens) else []
         self.preemptor.step_ended(
             now_s, now_s - began_s, num_decodes=len(tokens) - len(prefills), prefills=prefills,
             num_running=len(self.running),
@@ -388,14 +387,6 @@ class _AdaptiveMixin(Scheduler):
         if self.admission is not None:
             return self.admission.core.waiting_tokens()
         return {"": sum(request.num_tokens for queue in (self.waiting, self.skipped_waiting) for request in queue)}
-
-
-def _prefills(scheduled: SchedulerOutput) -> list[Prefill]:
-    """A step's prefills, also those of requests that end with it."""
-    cached, tokens = scheduled.scheduled_cached_reqs, scheduled.num_scheduled_tokens
-    first = {request.req_id: request.num_computed_tokens for request in scheduled.scheduled_new_reqs}
-    first |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
-    return [Prefill(request_id=name, first=first[name], num_tokens=num) for name, num in tokens.items() if num > 1]
 
 
 class AdaptiveScheduler(_AdaptiveMixin):

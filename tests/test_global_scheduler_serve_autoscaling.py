@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import AutoscalingArgs, ReplicaArgs
+from cluster.replica_settings import AutoscalingArgs, ReplicaArgs
 from cost_service.service_messages import AutoscalingStats
 from global_scheduler.autoscaling import AutoscalerSettings
 
