@@ -1,4 +1,4 @@
-"""Goal: settings of replicas that cannot be are refused with a sentence that names field and mend; others are kept as they are.
+"""Goal: settings of replicas that cannot be are refused with a sentence that names field and mend, others are kept.
 
 Method: as tests/test_cluster_config.py, whose refusals these are.
 """
