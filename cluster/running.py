@@ -54,6 +54,19 @@ def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
     return found
 
 
+def not_running() -> list[str]:
+    """A sentence for each deployment of running applications whose replicas do not all run."""
+    from ray import serve
+
+    return [
+        f"{deployment} of {application}: {', '.join(f'{num} {state}' for state, num in sorted(states.items()))}."
+        for application, status in serve.status().applications.items()
+        for deployment, info in status.deployments.items()
+        if set(states := {str(getattr(state, "value", state)): num for state, num in info.replica_states.items()})
+        != {"RUNNING"}
+    ]
+
+
 def ask_actor(name: str, method: str, *arguments: Any, **keywords: Any) -> Any:
     """Call a method of one of the cluster's actors (`cost_service.named_actor`).
 

@@ -24,7 +24,7 @@ class LiveTenants:
         self.admissions = Admissions(num_ingresses=num_ingresses)
         self._secret = load_or_create_secret(store)
         self._copy = TenantCopy(store, bootstrap)
-        self._degraded = degraded_gauge()
+        self._degraded = degraded_gauge("tenants")
         self._refresh()
 
     @property

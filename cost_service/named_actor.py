@@ -8,6 +8,7 @@ Rules:
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -31,6 +32,13 @@ def start_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
         "max_restarts": -1,
     }  # fmt: skip
     return ray.remote(cls).options(**ours, **options).remote(*arguments)
+
+
+def log_as(name: str) -> None:
+    """Let the process of an actor of that name say who speaks and when, in the log that Ray's dashboard shows for it."""
+    logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s %(asctime)s {name} -- %(message)s")
+    logger.setLevel(logging.INFO)
+    logger.info("This is the actor %s, process %d.", name, os.getpid())
 
 
 def find_actor(name: str) -> Any | None:

@@ -15,9 +15,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.util.metrics import Counter, Gauge
 
-from cost_service.named_actor import start_actor
+from cost_service.metrics import (
+    FAIRNESS_BOUND,
+    FAIRNESS_GAP,
+    FAIRNESS_GAP_OF_BOUND,
+    FAIRNESS_REFUSED_REPORTS,
+    FAIRNESS_REPLICAS,
+    FAIRNESS_WORST_OF_BOUND,
+    TENANT_SERVICE,
+)
+from cost_service.named_actor import log_as, start_actor
+from cost_service.serve_metrics import LiveCounter, LiveGauge
 from cost_service.service import Store
 from cost_service.service_messages import ACTOR
 from cost_service.tenant_labels import TenantLabels
@@ -30,6 +39,9 @@ SAVE_INTERVAL_S = 1.0
 SAVE_SHARE = 0.1
 """Of the time, that saving may take."""
 
+KEEP_S = 60.0
+"""Figures of a pool that is no more are shown for so long."""
+
 HEAD = {"node:__internal_head__": 0.001}
 """A little of what Ray gives the head node alone."""
 
@@ -38,6 +50,7 @@ class FairnessActor:
     """Merges what replicas report, tells them what they need to know, and keeps it."""
 
     def __init__(self, store: Store) -> None:
+        log_as(ACTOR)
         self._store = store
         self._service = FairnessService(store, life=os.urandom(8).hex(), now_s=time.monotonic())
         self._metrics = _Metrics()
@@ -80,7 +93,7 @@ class FairnessActor:
         with self._lock:
             self._service.tick(time.monotonic())
             documents, figures = list(self._service.unsaved()), self._service.figures()
-            self._metrics.update(figures)
+            self._metrics.update(figures, self._service.num_refused)
         for collection, name, document in documents:
             self._store.save(collection, name, document)
 
@@ -89,28 +102,24 @@ class _Metrics:
     """Ray metrics of the cluster's fairness."""
 
     def __init__(self) -> None:
-        self._service = Counter(
-            "adaptivellm_tenant_service_total",
-            description="Service that tenants were given: weighted tokens, or seconds of engine time.",
-            tag_keys=("pool", "tenant"),
+        self._service, self._refused = LiveCounter(TENANT_SERVICE), LiveCounter(FAIRNESS_REFUSED_REPORTS)
+        self._gap, self._bound, self._ratio, self._worst = (
+            LiveGauge(metric, keep_s=KEEP_S)
+            for metric in (FAIRNESS_GAP, FAIRNESS_BOUND, FAIRNESS_GAP_OF_BOUND, FAIRNESS_WORST_OF_BOUND)
         )
-        self._gap = Gauge(
-            "adaptivellm_fairness_gap",
-            description="How far apart the normalised service of two tenants is at most that have waited all the time.",
-            tag_keys=("pool",),
-        )
-        self._bound = Gauge(
-            "adaptivellm_fairness_bound", description="What that gap is promised not to exceed.", tag_keys=("pool",)
-        )
-        self._ratio = Gauge(
-            "adaptivellm_fairness_gap_of_bound", description="The gap as a share of the bound.", tag_keys=("pool",)
-        )
+        self._replicas = LiveGauge(FAIRNESS_REPLICAS)
+        self._num_refused = 0
         self._labels = TenantLabels()
         self._counted: dict[tuple[str, str], float] = {}
 
-    def update(self, pools: Mapping[str, PoolFigures]) -> None:
+    def update(self, pools: Mapping[str, PoolFigures], num_refused: int) -> None:
         """Export figures by pool."""
+        self._refused.inc(num_refused - self._num_refused)
+        self._num_refused = num_refused
+        self._replicas.replace("pool", {pool: figures.num_replicas for pool, figures in pools.items()})
         for pool, figures in pools.items():
+            if figures.worst_ratio is not None:
+                self._worst.set(figures.worst_ratio, tags={"pool": pool})
             if figures.gap is not None and figures.stated is not None:
                 tags = {"pool": pool}
                 self._gap.set(figures.gap.gap, tags=tags)

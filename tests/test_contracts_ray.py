@@ -181,3 +181,17 @@ def test_an_ingress_calls_a_replica_with_the_body_first() -> None:
     assert "getattr(model_handle,call_method).remote(body,raw_request_info)" in source, (
         "global_scheduler/serve_router.py"
     )
+
+
+def test_metrics_are_recorded_and_forgotten_as_ours_expect() -> None:
+    from ray._private.authentication.authentication_constants import AUTHENTICATION_TOKEN_COOKIE_NAME
+    from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
+    from ray.util.metrics import Counter
+
+    assert parameters(Counter._record) == ["value", "tags"], "cost_service/serve_metrics.py: zeros"
+    with pytest.raises(ValueError, match="must be >0"):
+        Counter("contract").inc(0)
+    assert OpenTelemetryMetricRecorder._resolve_gauge_ttl_seconds(None) >= 2.0, (
+        "cost_service/serve_metrics.py: REFRESH_S"
+    )
+    assert AUTHENTICATION_TOKEN_COOKIE_NAME == "ray-authentication-token", "tests/test_ray_monitoring.py"
