@@ -89,9 +89,9 @@ class LiveGauge:
         return tuple(given[name] for name in self._labels)
 
 
-def degraded_gauge(*parts: str, **fixed: str) -> LiveGauge:
+def degraded_gauge(*parts: str) -> LiveGauge:
     """1 while a part is not itself, by its name in the tag `part`; these parts are themselves from the start."""
-    gauge = LiveGauge(DEGRADED, **fixed)
+    gauge = LiveGauge(DEGRADED)
     for part in parts:
         gauge.set(0.0, tags={"part": part})
     return gauge

@@ -15,13 +15,13 @@ pytestmark = [pytest.mark.slow, needs_chromium]
 
 def test_the_page_of_a_result_shows_all_its_parts_fits_the_window_and_complains_of_nothing(tmp_path: Path) -> None:
     result, page_file = tmp_path / "result.json", tmp_path / "result.html"
-    trace = "synthetic:experiment=overload,requests=300"
+    trace = "synthetic:requests=300,rate=300,tenants=3"
     command = [
         "simulate",
         "--trace",
         trace,
         "--policy",
-        "stock,adaptive",
+        "stock,recompute,swap,adaptive",
         "--pool-fraction",
         "0.4",
         "--json",
