@@ -40,6 +40,11 @@ class Look:
     away: tuple[str, ...] = ()
     """What does not answer, a sentence each."""
 
+    @property
+    def replicas(self) -> str:
+        """How many there are, in words."""
+        return f"{self.num_replicas} replica{'' if self.num_replicas == 1 else 's'}"
+
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], fairness: Mapping[str, Any], away: Iterable[str] = ()) -> Self:
         """Sum up what `cluster.status` found.
@@ -119,8 +124,7 @@ class LiveView:
             width: Columns; so with `height`.
         """
         now = self._looks[-1]
-        replicas = f"{now.num_replicas} replica{'' if now.num_replicas == 1 else 's'}"
-        lines = [f"{time}   {replicas}   Ctrl-C ends"]
+        lines = [f"{time}   {now.replicas}   Ctrl-C ends"]
         lines += [self._line(curve, width) for curve in CURVES]
         lines += [f"Away: {sentence}" for sentence in now.away]
         lines += ["", *tables.splitlines()]
@@ -157,7 +161,7 @@ def draw(values: Iterable[float | None], *, top: float | None = None, blocks: st
 def plain_line(look: Look, *, time: str) -> str:
     """A look as one line, for files and pipes."""
     values = (f"{curve.title} {'-' if (value := curve.value(look)) is None else curve.show(value)}" for curve in CURVES)
-    line = f"{time}  {look.num_replicas} replicas, {', '.join(values)}"
+    line = f"{time}  {look.replicas}, {', '.join(values)}"
     return f"{line}. Away: {' '.join(look.away)}" if look.away else line
 
 

@@ -32,7 +32,8 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .7rem; border-bottom: 1px solid #ddd; }
 td { text-align: right; font-variant-numeric: tabular-nums; }
 td:first-child, th:first-child { text-align: left; white-space: nowrap; } .table { overflow-x: auto; }
-pre { background: #f5f5f5; padding: .7rem; white-space: pre-wrap; } svg { max-width: 100%; height: auto; } .note { color: #666; }
+pre { background: #f5f5f5; padding: .7rem; white-space: pre-wrap; } svg { max-width: 100%; height: auto; }
+.note { color: #666; }
 """
 
 

@@ -89,8 +89,9 @@ def _watch(interval_s: float) -> NoReturn:
 
 def fetch_what_answers() -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What `fetch` returns, nothing where it would fail, and a sentence for each part that is away."""
-    now, away = {}, not_running()
+    now, away = {}, []
     try:
+        away += not_running()
         now = fetch()
     except LookupError as error:
         away.append(f"Replicas: {error}")

@@ -36,9 +36,11 @@ def start_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
 
 def log_as(name: str) -> None:
     """Let the process of an actor of that name say who speaks and when, in the log that Ray's dashboard shows for it."""
-    logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s %(asctime)s {name} -- %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s %(asctime)s {name} -- %(message)s"))
+    logger.handlers, logger.propagate = [handler], False  # Serve sets this logger up in its own processes alone
     logger.setLevel(logging.INFO)
-    logger.info("This is the actor %s, process %d.", name, os.getpid())
+    logger.info("Process %d.", os.getpid())
 
 
 def find_actor(name: str) -> Any | None:

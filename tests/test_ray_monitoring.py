@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,11 @@ LIMIT_S = 300.0
 """Until every expression has had data."""
 
 POLICIES = ("swap", "recompute", "adaptive")
-NUM_CLIENTS = 12
+NUM_CLIENTS = 8
 """Of each tenant."""
+
+SAME = "Tell me of the sea, and of all that lives in it. " * 4
+"""A beginning that is in the prefix cache while another of the tenant's requests runs."""
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +132,8 @@ class Pressure:
         while not self._stop.is_set():
             ends_itself = number == 0  # lengths are learned from those
             body = {
-                "model": MODEL, "prompt": f"{time.monotonic_ns()} " + "Tell me of the sea. " * (2 + number),
-                "max_tokens": 24 if ends_itself else 200, "ignore_eos": not ends_itself,
+                "model": MODEL, "prompt": SAME + f"{time.monotonic_ns()} " * (1 + number),
+                "max_tokens": 24 if ends_itself else 120, "ignore_eos": not ends_itself,
             }  # fmt: skip
             seen.add(tenant.post("/v1/completions", body).status_code)
         return seen
@@ -163,11 +168,13 @@ def test_every_expression_of_dashboards_and_alerts_has_data_while_two_tenants_wa
     missing = {text: where for where, text in [*drawn(), *watched()] if needed_elsewhere(text) is None}
     assert len(missing) > 50
     pressure, began_s, policy = Pressure(tenants), time.monotonic(), -1
+    stranger = replace(tenants[0], key="nobody's")
     while missing and time.monotonic() < began_s + LIMIT_S:
         now = min(int((time.monotonic() - began_s) / 30.0), len(POLICIES) - 1)
         if now != policy:
             policy = now
             command("policy", POLICIES[policy])
+        assert stranger.post("/v1/completions", {}).status_code == 401
         missing = {text: where for text, where in missing.items() if not prometheus.values(text)}
         time.sleep(2.0)
     statuses = pressure.end()
@@ -191,11 +198,23 @@ def test_gauges_stay_while_nothing_happens(prometheus: Prometheus) -> None:
     assert prometheus.values("sum(ray_adaptivellm_requests)") == [0.0]
 
 
-WATCH = [sys.executable, "-m", "cluster", "status", "--watch", "--interval-s", "0.5"]
+@contextmanager
+def watching(stdout: int) -> Iterator["subprocess.Popen[str]"]:
+    """`status --watch`, which Ctrl-C ends whatever this process does at one."""
+    command = [sys.executable, "-m", "cluster", "status", "--watch", "--interval-s", "0.5"]
+    process = subprocess.Popen(
+        command, stdout=stdout, stderr=subprocess.STDOUT if stdout != subprocess.PIPE else subprocess.PIPE, text=True,
+        env=environment(), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
 
 
 def test_whoever_pipes_the_live_view_gets_a_line_for_each_look_and_a_clean_end(running: Running) -> None:
-    with subprocess.Popen(WATCH, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as watch:
+    with watching(subprocess.PIPE) as watch:
         assert watch.stdout is not None
         lines = [watch.stdout.readline() for _ in range(3)]
         watch.send_signal(signal.SIGINT)
@@ -203,32 +222,35 @@ def test_whoever_pipes_the_live_view_gets_a_line_for_each_look_and_a_clean_end(r
     assert watch.returncode == 0, errors
     assert "Traceback" not in errors
     for line in lines:
-        assert "1 replicas, tokens/s " in line
+        assert "1 replica, tokens/s " in line
         assert "\033" not in line
         assert "Away" not in line, "all is well"
 
 
 def test_on_a_terminal_the_live_view_is_redrawn_in_its_place(running: Running) -> None:
     ours, theirs = pty.openpty()
-    with subprocess.Popen(WATCH, stdout=theirs, stderr=subprocess.PIPE, env=environment()) as watch:
+    with watching(theirs) as watch:
         os.close(theirs)
-        shown, deadline_s = "", time.monotonic() + 60
-        while shown.count("\033[H") < 3:
-            assert time.monotonic() < deadline_s, shown
-            if select.select([ours], [], [], 1.0)[0]:
-                shown += os.read(ours, 1 << 16).decode(errors="replace")
+        shown = read_until(ours, lambda shown: shown.count("\033[H") >= 3)
         watch.send_signal(signal.SIGINT)
-        deadline_s = time.monotonic() + 60
-        while watch.poll() is None and time.monotonic() < deadline_s:
-            if select.select([ours], [], [], 0.2)[0]:
-                try:
-                    os.read(ours, 1 << 16)
-                except OSError:  # the other end is closed
-                    break
+        read_until(ours, lambda _: watch.poll() is not None)
+        assert watch.returncode == 0
     os.close(ours)
-    assert watch.returncode == 0
     for word in ("tokens/s", "waiting", "KV used", "preemptions", "gap/bound", "replica"):
         assert word in shown, word
+
+
+def read_until(terminal: int, holds: Callable[[str], bool], limit_s: float = 60.0) -> str:
+    """All that is shown on a terminal until something holds of it."""
+    shown, deadline_s = "", time.monotonic() + limit_s
+    while not holds(shown):
+        assert time.monotonic() < deadline_s, shown
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                shown += os.read(terminal, 1 << 16).decode(errors="replace")
+            except OSError:  # its other end is closed
+                time.sleep(0.2)
+    return shown
 
 
 @needs_chromium
