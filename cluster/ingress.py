@@ -55,7 +55,9 @@ from cluster.stores import open_store
 from cluster.tenant_limits import Refusal, Ticket
 from cluster.tenant_registry import Tenant
 from cost_service.cost_actor import start_cost_actor
+from cost_service.metrics import REFUSED_REQUESTS
 from cost_service.prompt_text import prompt_size
+from cost_service.serve_metrics import LiveCounter
 from global_scheduler.fairness_actor import start_fairness_actor
 from replicas.request_stamp import make_stamp
 
@@ -94,6 +96,7 @@ class AdaptiveIngress(OpenAiIngress):
         self._max_model_len = max_model_len
         self._limits = limits
         self._lengths = LengthExchange(max_model_len)
+        self._refused = LiveCounter(REFUSED_REQUESTS)
         loops = (self._lengths.run(), self._tenants.run(), WeightTeller(self._tenants.weights).run())
         self._loops = [asyncio.create_task(loop) for loop in loops]
 
@@ -182,6 +185,7 @@ class AdaptiveIngress(OpenAiIngress):
             now_s=time.monotonic(),
         )
         if isinstance(outcome, Refusal):
+            self._refused.inc(tags={"cap": outcome.cap})
             raise larger_than_cap(prompt_field) if outcome.retry_after_s is None else over_cap(outcome.retry_after_s)
         at_end(request, lambda: admissions.end(outcome, time.monotonic()))
         return outcome

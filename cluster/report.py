@@ -30,8 +30,10 @@ MOST_TENANTS = 12
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .7rem; border-bottom: 1px solid #ddd; }
-td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
-pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; } svg { max-width: 100%; height: auto; } .note { color: #666; }
+td { text-align: right; font-variant-numeric: tabular-nums; }
+td:first-child, th:first-child { text-align: left; white-space: nowrap; } .table { overflow-x: auto; }
+pre { background: #f5f5f5; padding: .7rem; white-space: pre-wrap; } svg { max-width: 100%; height: auto; }
+.note { color: #666; }
 """
 
 
@@ -211,7 +213,8 @@ def _table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     def row(cells: Iterable[object], kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells) + "</tr>"
 
-    return f"<table>{row(heads, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+    lines = row(heads, "th") + "".join(row(cells, "td") for cells in rows)
+    return f'<div class="table"><table>{lines}</table></div>'
 
 
 def _note(text: str) -> str:

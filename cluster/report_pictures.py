@@ -1,12 +1,13 @@
 """Pictures of a result: distributions of all requests and of each tenant, as SVG in a page."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.distributions import SHARES, TENANT_SHARES
 
 LABELS = {"weighted_turnaround": "weighted turnaround", "ttft_s": "seconds to the first token"}
+FAR_APART = 3.0
 Draw = Callable[[Any], None]
 """Draws into a matplotlib figure."""
 
@@ -24,6 +25,12 @@ def svg(draw: Draw, *, width: float, height: float) -> str:
     return text[text.index("<svg") :]
 
 
+def are_far_apart(values: Iterable[float]) -> bool:
+    """Whether a logarithmic axis shows them better: on a short one its marks lie upon each other."""
+    positive = [value for value in values if value > 0.0]
+    return bool(positive) and max(positive) > FAR_APART * min(positive)
+
+
 def of_all(spreads: Mapping[str, Mapping[str, Any]]) -> Draw:
     """Shares of all requests up to a value."""
 
@@ -33,7 +40,7 @@ def of_all(spreads: Mapping[str, Mapping[str, Any]]) -> Draw:
                 if spread[measure] is not None:
                     axes.plot(spread[measure], SHARES, label=name)
             axes.set(xlabel=label, ylabel="share of requests")
-            if any(spread[measure] is not None for spread in spreads.values()):
+            if are_far_apart(value for spread in spreads.values() for value in spread[measure] or ()):
                 axes.set_xscale("log")
         axes.legend()
 
@@ -61,7 +68,8 @@ def of_tenants(spreads: Mapping[str, Mapping[str, Any]], tenants: Sequence[str])
                 axes.scatter(at, [of[most] for _, of in shown], s=12, marker="_", color=lines.get_color())
             axes.set_xticks(range(len(tenants)), tenants, rotation=60, ha="right", fontsize=7)
             axes.set_ylabel(label)
-            if any(of[measure] is not None for spread in spreads.values() for of in spread["tenants"].values()):
+            tenants_of = (of for spread in spreads.values() for of in spread["tenants"].values())
+            if are_far_apart(value for of in tenants_of for value in of[measure] or ()):
                 axes.set_yscale("log")
         axes.legend(fontsize=7)
 

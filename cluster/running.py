@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ def ask_replicas(method: str, *arguments: Any) -> list[dict[str, Any]]:
     from ray.serve.exceptions import RayServeException
 
     found = []
-    for application, status in serve.status().applications.items():
+    for application, status in _applications().items():
         for deployment in status.deployments:
             if not deployment.startswith(SERVER):
                 continue
@@ -91,6 +91,32 @@ def ask_deployments() -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def not_running() -> list[str]:
+    """A sentence for each deployment of running applications whose replicas do not all run.
+
+    Raises:
+        LookupError: Serve does not answer.
+    """
+    return [
+        f"{deployment} of {application}: {', '.join(f'{num} {state}' for state, num in sorted(states.items()))}."
+        for application, status in _applications().items()
+        for deployment, info in status.deployments.items()
+        if set(states := {str(getattr(state, "value", state)): num for state, num in info.replica_states.items()})
+        != {"RUNNING"}
+    ]
+
+
+def _applications() -> Mapping[str, Any]:
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return serve.status().applications
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise LookupError(f"Serve does not answer ({type(error).__name__}): try again.") from None
 
 
 def ask_actor(name: str, method: str, *arguments: Any, **keywords: Any) -> Any:

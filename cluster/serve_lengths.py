@@ -9,13 +9,13 @@ import uuid
 from typing import Any
 
 import msgspec
-from ray.util.metrics import Gauge
 
 from cluster.length_predictor import LengthPredictor
 from cost_service.length_messages import LengthNews
+from cost_service.metrics import OUTPUT_LENGTH_COVERAGE, OUTPUT_LENGTH_LOSS_RATIO
 from cost_service.named_actor import exchange_for_ever
 from cost_service.output_length import OutputLength
-from cost_service.serve_metrics import degraded_gauge
+from cost_service.serve_metrics import LiveGauge, degraded_gauge
 from cost_service.service import ACTOR
 
 logger = logging.getLogger("ray.serve")
@@ -32,15 +32,9 @@ class LengthExchange:
 
     def __init__(self, max_model_len: int) -> None:
         self.predictor = LengthPredictor(source=uuid.uuid4().hex, max_model_len=max_model_len)
-        self._degraded = degraded_gauge()
-        self._coverage = Gauge(
-            "adaptivellm_output_length_coverage",
-            description="Share of requests whose length lay between the predicted 0.1- and 0.9-quantile: 0.8 is right.",
-        )
-        self._loss_ratio = Gauge(
-            "adaptivellm_output_length_loss_ratio",
-            description="Pinball loss of predicted output lengths over that of the tenant's own running quantiles.",
-        )
+        self._degraded = degraded_gauge("output_lengths")
+        self._coverage = LiveGauge(OUTPUT_LENGTH_COVERAGE)
+        self._loss_ratio = LiveGauge(OUTPUT_LENGTH_LOSS_RATIO)
 
     async def run(self) -> None:
         """Exchange for ever."""

@@ -25,7 +25,7 @@ class LiveTenants:
         self.admissions = Admissions(num_ingresses=num_ingresses)
         self._store, self._salts = store, CacheSalts()
         self._copy = TenantCopy(store, bootstrap)
-        self._degraded = degraded_gauge()
+        self._degraded = degraded_gauge("tenants")
         self._refresh()
 
     @property

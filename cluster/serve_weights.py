@@ -30,8 +30,7 @@ class WeightTeller:
         self._weights = weights
         self._told: dict[str, float] = {}
         self._life = ""
-        self._degraded = degraded_gauge()
-        self._say_degraded(False)
+        self._degraded = degraded_gauge("weights")
 
     async def run(self) -> NoReturn:
         """Tell for ever."""

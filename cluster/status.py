@@ -3,17 +3,22 @@
 Rules:
 - It asks the replicas, not the engines; a replica answers from its engine's last report and never waits for a step.
 - It asks the fairness actor for tenants; one that is away is said, and the replicas are shown all the same.
+- `--watch` goes on whatever is away: on a terminal a picture that is redrawn in its place (`cluster.live_view`), else a line
+  for every look.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from cluster.running import ask_actor, ask_deployments, ask_replicas, connected
+from cluster.live_view import LiveView, Look, blocks_for, plain_line, redrawn
+from cluster.running import ask_actor, ask_deployments, ask_replicas, connected, not_running
 from cluster.scaling import scaling_rows, scaling_text
+from cost_service.service import ACTOR as COST_ACTOR
 from cost_service.service_messages import ACTOR as FAIRNESS_ACTOR
 
 COLUMNS = (
@@ -24,7 +29,7 @@ TENANT_COLUMNS = (("tenant", 32), ("service", 14), ("share", 8), ("waiting", 8),
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--watch", action="store_true", help="refresh until Ctrl-C")
+    parser.add_argument("--watch", action="store_true", help="look again until Ctrl-C, with curves on a terminal")
     parser.add_argument("--interval-s", type=float, default=1.0, help="seconds between two looks (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE (- for standard output)")
     parser.add_argument("--address", default="auto", help="Ray cluster (default: the one on this machine)")
@@ -46,16 +51,19 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    if options.watch and options.json is None:
+        _watch(options.interval_s)
     before = fetch()
     while True:
         # A rate takes two looks.
         time.sleep(options.interval_s)
         now = fetch()
-        rows = [summarise(replica, before.get(name)) for name, replica in sorted(now.items())]
-        fairness, scaling = fetch_fairness(), scaling_rows(ask_deployments(), now, before)
+        rows, fairness, scaling = (
+            summarise_all(now, before),
+            fetch_fairness(),
+            scaling_rows(ask_deployments(), now, before),
+        )
         if options.json is None:
-            if options.watch:
-                print("\033[2J\033[H", end="")
             print(scaling_text(scaling) + "\n\n" + table(rows) + "\n\n" + fairness_table(fairness), flush=True)
         else:
             text = json.dumps({"scaling": scaling, "replicas": rows, "fairness": fairness}, indent=2)
@@ -63,6 +71,53 @@ def _show(options: argparse.Namespace) -> int:
         if not options.watch:
             return 0
         before = now
+
+
+def _watch(interval_s: float) -> NoReturn:
+    view, before = LiveView(blocks=blocks_for(sys.stdout.encoding)), fetch_what_answers()[0]
+    while True:
+        time.sleep(interval_s)
+        now, away = fetch_what_answers()
+        rows, fairness = summarise_all(now, before), fetch_fairness()
+        look, at = Look.of(rows, fairness, away), time.strftime("%H:%M:%S")
+        if sys.stdout.isatty():
+            view.add(look)
+            width, height = shutil.get_terminal_size()
+            scaling = scaling_text(scaling_rows(_deployments(), now, before))
+            text = "\n\n".join(part for part in (scaling, table(rows), fairness_table(fairness)) if part)
+            lines = view.frame(text, time=at, width=width, height=height)
+            print(redrawn(lines), end="", flush=True)
+        else:
+            print(plain_line(look, time=at), flush=True)
+        before = now or before
+
+
+def _deployments() -> list[dict[str, Any]]:
+    """What Serve says of deployments; nothing while it is away, which the view says by other means."""
+    try:
+        return ask_deployments()
+    except LookupError:
+        return []
+
+
+def fetch_what_answers() -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What `fetch` returns, nothing where it would fail, and a sentence for each part that is away."""
+    now, away = {}, []
+    try:
+        away += not_running()
+        now = fetch()
+    except LookupError as error:
+        away.append(f"Replicas: {error}")
+    try:
+        ask_actor(COST_ACTOR, "status")
+    except LookupError as error:
+        away.append(f"Costs: {error}")
+    return now, away
+
+
+def summarise_all(now: dict[str, dict[str, Any]], before: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of all replicas, in the order of their names."""
+    return [summarise(replica, before.get(name)) for name, replica in sorted(now.items())]
 
 
 def fetch() -> dict[str, dict[str, Any]]:
@@ -80,17 +135,20 @@ def fetch_fairness() -> dict[str, Any]:
 
 
 def summarise(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Figures of one replica; `tokens_per_s` since the look before, 0 where there was none in this life of the engine."""
+    """Figures of one replica; `tokens_per_s` and `new_preemptions` since the look before, 0 where there was none in this
+    life of the engine."""
     totals = now["totals"]
     row: dict[str, Any] = {key: now[key] for key in ("application", "replica", "pid", "age_s")}
     if totals is None:
-        return row | {"tokens_per_s": 0.0}
+        return row | {"tokens_per_s": 0.0, "new_preemptions": 0}
     used = totals["num_kv_blocks"] - totals["num_free_kv_blocks"]
-    rate = 0.0
+    rate, new_preemptions = 0.0, 0
     if before and before["totals"] and before["totals"]["epoch"] == totals["epoch"]:
-        tokens = totals["output_tokens"] - before["totals"]["output_tokens"]
-        rate = tokens / (now["seen_s"] - before["seen_s"])
-    return row | totals | {"kv_used_fraction": round(used / totals["num_kv_blocks"], 4), "tokens_per_s": round(rate, 1)}
+        new = {key: totals[key] - before["totals"][key] for key in ("output_tokens", "swaps", "recomputes")}
+        rate = new["output_tokens"] / (now["seen_s"] - before["seen_s"])
+        new_preemptions = new["swaps"] + new["recomputes"]
+    figures = {"kv_used_fraction": round(used / totals["num_kv_blocks"], 4), "tokens_per_s": round(rate, 1)}
+    return row | totals | figures | {"new_preemptions": new_preemptions}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

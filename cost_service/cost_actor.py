@@ -9,11 +9,14 @@ Rules:
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from cost_service.keeper import Keeper
 from cost_service.length_service import SAVE_INTERVAL_S, LengthService
-from cost_service.named_actor import start_actor
+from cost_service.metrics import LEARNED_COST_ERROR, REJECTED_COST_BATCHES
+from cost_service.named_actor import log_as, start_actor
+from cost_service.serve_metrics import LiveCounter, LiveGauge
 from cost_service.serve_state import StateLoop
 from cost_service.service import ACTOR, REFIT_INTERVAL_S, CostService, Kind
 from cost_service.store import Store
@@ -25,8 +28,11 @@ class CostActor:
     """Takes what replicas measure and gives them the newest costs of their kind; takes and gives output lengths."""
 
     def __init__(self, store: Store) -> None:
+        log_as(ACTOR)
         self._service, self._lengths = CostService(), LengthService()
         self._lock, self._lengths_lock = threading.Lock(), threading.Lock()
+        self._error, self._rejected = LiveGauge(LEARNED_COST_ERROR), LiveCounter(REJECTED_COST_BATCHES)
+        self._num_rejected = 0
         self._state = StateLoop(
             ACTOR,
             [
@@ -72,8 +78,17 @@ class CostActor:
             try:
                 with self._lock:
                     self._service.refit()
+                    status, num_rejected = self._service.status(), self._service.num_rejected
+                self._show(status, num_rejected)
             except Exception:
                 logger.exception("Costs could not be learned from the last samples; the versions before stay in force.")
+
+    def _show(self, status: Sequence[dict[str, Any]], num_rejected: int) -> None:
+        self._rejected.inc(num_rejected - self._num_rejected)
+        self._num_rejected = num_rejected
+        for kind in status:
+            for cost, ratio in kind["error_ratio"].items():
+                self._error.set(ratio, tags={"model": kind["model"], "hardware": kind["hardware"], "cost": cost})
 
 
 def start_cost_actor(store: Store) -> Any:

@@ -10,6 +10,7 @@ Rules:
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -39,6 +40,15 @@ def start_actor(cls: type, name: str, store: Store, **options: Any) -> Any:
         "max_restarts": -1, "resources": {} if store.is_shared else HEAD,
     }  # fmt: skip
     return ray.remote(cls).options(**ours, **options).remote(store)
+
+
+def log_as(name: str) -> None:
+    """Let the process of an actor of that name say who speaks and when, in the log that Ray's dashboard shows for it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s %(asctime)s {name} -- %(message)s"))
+    logger.handlers, logger.propagate = [handler], False  # Serve sets this logger up in its own processes alone
+    logger.setLevel(logging.INFO)
+    logger.info("Process %d.", os.getpid())
 
 
 def find_actor(name: str) -> Any | None:

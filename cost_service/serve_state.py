@@ -33,10 +33,9 @@ class StateLoop:
             each_round: Called before every round in that thread.
         """
         self._name, self._keepers, self._each_round = name, keepers, each_round
-        self._degraded = degraded_gauge()
+        self._degraded = degraded_gauge("state")
         self._end = threading.Event()
         self._is_away = False
-        self._degraded.set(0.0, tags={"part": "state"})
         deadline_s = time.monotonic() + START_WAIT_S
         while not self._keep() and time.monotonic() < deadline_s:
             time.sleep(INTERVAL_S / 2)

@@ -13,10 +13,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.util.metrics import Counter, Gauge
 
 from cost_service.keeper import Keeper
-from cost_service.named_actor import start_actor
+from cost_service.metrics import (
+    FAIRNESS_BOUND,
+    FAIRNESS_GAP,
+    FAIRNESS_GAP_OF_BOUND,
+    FAIRNESS_REFUSED_REPORTS,
+    FAIRNESS_REPLICAS,
+    FAIRNESS_WORST_OF_BOUND,
+    TENANT_SERVICE,
+)
+from cost_service.named_actor import log_as, start_actor
+from cost_service.serve_metrics import LiveCounter, LiveGauge
 from cost_service.serve_state import StateLoop
 from cost_service.service_messages import ACTOR
 from cost_service.store import Store
@@ -24,11 +33,15 @@ from cost_service.tenant_labels import TenantLabels
 from global_scheduler.fairness_pool import PoolFigures
 from global_scheduler.fairness_service import FairnessService
 
+KEEP_S = 60.0
+"""Figures of a pool that is no more are shown for so long."""
+
 
 class FairnessActor:
     """Merges what replicas report, tells them what they need to know, and keeps it."""
 
     def __init__(self, store: Store) -> None:
+        log_as(ACTOR)
         self._service = FairnessService(life=os.urandom(8).hex(), now_s=time.monotonic())
         self._metrics = _Metrics()
         self._lock = threading.Lock()
@@ -56,35 +69,31 @@ class FairnessActor:
     def _tick(self) -> None:
         with self._lock:
             self._service.tick(time.monotonic())
-            self._metrics.update(self._service.figures())
+            self._metrics.update(self._service.figures(), self._service.num_refused)
 
 
 class _Metrics:
     """Ray metrics of the cluster's fairness."""
 
     def __init__(self) -> None:
-        self._service = Counter(
-            "adaptivellm_tenant_service_total",
-            description="Service that tenants were given: weighted tokens, or seconds of engine time.",
-            tag_keys=("pool", "tenant"),
+        self._service, self._refused = LiveCounter(TENANT_SERVICE), LiveCounter(FAIRNESS_REFUSED_REPORTS)
+        self._gap, self._bound, self._ratio, self._worst = (
+            LiveGauge(metric, keep_s=KEEP_S)
+            for metric in (FAIRNESS_GAP, FAIRNESS_BOUND, FAIRNESS_GAP_OF_BOUND, FAIRNESS_WORST_OF_BOUND)
         )
-        self._gap = Gauge(
-            "adaptivellm_fairness_gap",
-            description="How far apart the normalised service of two tenants is at most that have waited all the time.",
-            tag_keys=("pool",),
-        )
-        self._bound = Gauge(
-            "adaptivellm_fairness_bound", description="What that gap is promised not to exceed.", tag_keys=("pool",)
-        )
-        self._ratio = Gauge(
-            "adaptivellm_fairness_gap_of_bound", description="The gap as a share of the bound.", tag_keys=("pool",)
-        )
+        self._replicas = LiveGauge(FAIRNESS_REPLICAS)
+        self._num_refused = 0
         self._labels = TenantLabels()
         self._counted: dict[tuple[str, str], float] = {}
 
-    def update(self, pools: Mapping[str, PoolFigures]) -> None:
+    def update(self, pools: Mapping[str, PoolFigures], num_refused: int) -> None:
         """Export figures by pool."""
+        self._refused.inc(num_refused - self._num_refused)
+        self._num_refused = num_refused
+        self._replicas.replace("pool", {pool: figures.num_replicas for pool, figures in pools.items()})
         for pool, figures in pools.items():
+            if figures.worst_ratio is not None:
+                self._worst.set(figures.worst_ratio, tags={"pool": pool})
             if figures.gap is not None and figures.stated is not None:
                 tags = {"pool": pool}
                 self._gap.set(figures.gap.gap, tags=tags)

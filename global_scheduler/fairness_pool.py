@@ -59,6 +59,9 @@ class PoolFigures:
     served: Mapping[str, float]
     """Service by tenant that was reported in this life of the scheduler."""
 
+    num_replicas: int
+    """Those that are not silent."""
+
     @property
     def stated(self) -> float | None:
         """The bound of the two tenants that the gap is of; of two that weigh 1 where nobody waits."""
@@ -155,8 +158,13 @@ class FairnessPool:
         """Gap, bound and service; O(tenants)."""
         checker = self._checker
         if checker is None:
-            return PoolFigures(gap=None, bound=None, worst_ratio=None, served=self.served)
-        return PoolFigures(gap=checker.gap(), bound=checker.bound, worst_ratio=checker.worst.stray, served=self.served)
+            return PoolFigures(
+                gap=None, bound=None, worst_ratio=None, served=self.served, num_replicas=self.num_replicas
+            )
+        return PoolFigures(
+            gap=checker.gap(), bound=checker.bound, worst_ratio=checker.worst.stray, served=self.served,
+            num_replicas=self.num_replicas,
+        )  # fmt: skip
 
     def status(self, max_tenants: int) -> dict[str, Any]:
         """Figures by tenant as JSON values, of those who were served most; shares are of all that was ever delivered."""

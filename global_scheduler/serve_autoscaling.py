@@ -42,7 +42,7 @@ class KvAutoscaler:
         self._heard: dict[str, tuple[float, float]] = {}
         """By replica: the time that its last report bears, and when that was first seen."""
 
-        self._degraded = degraded_gauge()
+        self._degraded = degraded_gauge("autoscaling")
         self._say_degraded(False)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

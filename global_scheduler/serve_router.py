@@ -45,7 +45,7 @@ class PlacementRouter(RequestRouter):
 
         self._running: dict[str, RunningReplica] = {}
         self._num_silent = 0
-        self._degraded = degraded_gauge()
+        self._degraded = degraded_gauge("routing_stats")
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take what the controller says: who is there, and what they say."""

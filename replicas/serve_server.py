@@ -15,9 +15,7 @@ from typing import Any
 import msgspec
 from ray import serve
 from ray.serve.llm import LLMServer
-from ray.util.metrics import Counter, Gauge
 
-from cost_service.serve_metrics import degraded_gauge
 from cost_service.service_messages import ROUTING_STATS, AutoscalingStats, ReplicaLoad
 from replicas.channel import CHANNEL_VARIABLE, ServerEnd
 from replicas.config import parse_admission, parse_policy
@@ -25,8 +23,8 @@ from replicas.messages import CostSamples, EngineTotals, ServiceReport, SetPolic
 from replicas.parent_watch import PARENT_VARIABLE
 from replicas.serve_costs import CostExchange
 from replicas.serve_engine import AdaptiveVLLMEngine
+from replicas.serve_engine_metrics import EngineMetrics
 from replicas.serve_fairness import FairnessExchange
-from replicas.turnaround import TurnaroundMeans
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,7 +48,7 @@ class AdaptiveLLMServer(LLMServer):
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
         self._load: ReplicaLoad | None = None
-        self._metrics = _Metrics()
+        self._metrics = EngineMetrics(self._name)
         self._channel = ServerEnd()
         os.environ[CHANNEL_VARIABLE] = self._channel.address
         os.environ[PARENT_VARIABLE] = str(os.getpid())
@@ -127,68 +125,3 @@ class AdaptiveLLMServer(LLMServer):
                 self._metrics.update(self._totals, message)
                 self._totals, self._totals_at_s = message, time.monotonic()
                 self._fairness.note(message, self._totals_at_s)
-
-
-class _Metrics:
-    """Ray metrics of one replica."""
-
-    def __init__(self) -> None:
-        self._preemptions = Counter(
-            "adaptivellm_preemptions_total", description="Requests that gave way.", tag_keys=("action",)
-        )
-        self._output_tokens = Counter("adaptivellm_output_tokens_total", description="Tokens delivered.")
-        self._seconds = Counter(
-            "adaptivellm_preemption_cost_seconds",
-            description="Engine seconds that preemptions were predicted to cost, and did.",
-            tag_keys=("action", "kind"),
-        )
-        self._error = Gauge(
-            "adaptivellm_cost_model_error_ratio",
-            description="How far predicted and measured seconds of preemptions are apart, relative to the measured ones.",
-            tag_keys=("action",),
-        )
-        self._turnaround = Gauge(
-            "adaptivellm_weighted_turnaround",
-            description="How many times longer a tenant's last requests took here than they would have alone, as predicted.",
-            tag_keys=("tenant",),
-        )
-        self._means = TurnaroundMeans()
-        self._degraded = degraded_gauge()
-        for part in ("cost_service", "fairness"):
-            self.say_degraded(part, False)
-        self._headroom = Gauge("adaptivellm_headroom_blocks", description="KV blocks kept free at admission.")
-        self._host_slots = Gauge(
-            "adaptivellm_host_pool_blocks", description="KV blocks of the host pool.", tag_keys=("state",)
-        )
-
-    def say_degraded(self, part: str, away: bool) -> None:
-        self._degraded.set(float(away), tags={"part": part})
-
-    def show_turnarounds(self, report: ServiceReport) -> None:
-        for tenant, mean in self._means.read(report.epoch, report.ended).items():
-            self._turnaround.set(mean, tags={"tenant": tenant})
-
-    def update(self, before: EngineTotals | None, now: EngineTotals) -> None:
-        if before is not None and before.epoch != now.epoch:
-            before = None
-
-        def increment(counter: Counter, field: str, tags: dict[str, str] | None = None) -> None:
-            amount = getattr(now, field) - (getattr(before, field) if before else 0)
-            if amount > 0:
-                counter.inc(amount, tags=tags)
-
-        increment(self._preemptions, "swaps", {"action": "swap"})
-        increment(self._preemptions, "recomputes", {"action": "recompute"})
-        increment(self._output_tokens, "output_tokens")
-        for kind in ("predicted", "measured"):
-            for action in ("swap", "recompute"):
-                increment(self._seconds, f"{kind}_{action}_s", {"action": action, "kind": kind})
-        for action in ("swap", "recompute"):
-            predicted_s, measured_s = getattr(now, f"predicted_{action}_s"), getattr(now, f"measured_{action}_s")
-            if measured_s > 0:
-                self._error.set(abs(predicted_s - measured_s) / measured_s, tags={"action": action})
-        self._degraded.set(float(now.guarded), tags={"part": "preemption"})
-        self._headroom.set(now.headroom_blocks)
-        used, retained = now.num_used_host_slots, now.num_retained_host_slots
-        for state, num in (("used", used), ("retained", retained), ("free", now.num_host_slots - used - retained)):
-            self._host_slots.set(num, tags={"state": state})

@@ -244,3 +244,17 @@ def test_replicas_of_a_node_are_limited_by_what_every_node_has_one_of() -> None:
     assert "1.0 / scheduling_request.max_replicas_per_node" in inspect.getsource(deployment_scheduler), "cluster/app.py"
     source = inspect.getsource(llm_server.LLMServer.get_deployment_options)
     assert '**ray_actor_options.get("resources", {})' in source, "cluster/app.py: resources are not in the first bundle"
+
+
+def test_metrics_are_recorded_and_forgotten_as_ours_expect() -> None:
+    from ray._private.authentication.authentication_constants import AUTHENTICATION_TOKEN_COOKIE_NAME
+    from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
+    from ray.util.metrics import Counter
+
+    assert parameters(Counter._record) == ["value", "tags"], "cost_service/serve_metrics.py: zeros"
+    with pytest.raises(ValueError, match="must be >0"):
+        Counter("contract").inc(0)
+    assert OpenTelemetryMetricRecorder._resolve_gauge_ttl_seconds(None) >= 2.0, (
+        "cost_service/serve_metrics.py: REFRESH_S"
+    )
+    assert AUTHENTICATION_TOKEN_COOKIE_NAME == "ray-authentication-token", "tests/test_ray_monitoring.py"

@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ import pytest
 
 from cluster.config import default_home
 from cluster.state import SqliteStore
-from tests.cluster_runs import HELLO, MODEL, environment, free_port
+from cost_service.metrics import COST_ERROR, METRICS
+from tests.cluster_runs import HELLO, MODEL, Running, environment, free_port, metrics_port, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -33,45 +33,11 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
 
-@dataclass
-class Running:
-    url: str
-    key: str
-    process: subprocess.Popen[str]
-    tenant: str = "default"
-
-    def post(self, path: str, body: Any = None, *, content: bytes | None = None, **headers: str) -> httpx.Response:
-        sent = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
-        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-        data = content if content is not None else json.dumps(body).encode()
-        return httpx.post(self.url + path, content=data, headers=sent, timeout=120)
-
-
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
     """The service, started where another Ray cluster is said to be at hand: it must not matter."""
-    port = free_port()
-    elsewhere = {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster", "serve", "--port", str(port), "--dashboard-port", str(free_port())],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment() | elsewhere,
-        start_new_session=True,
-    )  # fmt: skip
-    lines, key = [], ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("API key: "):
-            key = line.removeprefix("API key: ").strip()
-        if line.startswith("Ctrl-C stops"):
-            break
-    if not key:
-        process.kill()
-        pytest.fail("serve did not come up:\n" + "".join(lines[-40:]))
-    yield Running(f"http://127.0.0.1:{port}", key, process)
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        process.wait(90)
+    with serving({"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}) as service:
+        yield service
 
 
 def full_status() -> dict[str, Any]:
@@ -556,21 +522,9 @@ def test_status_shows_tenants_gap_and_bound_to_people(two_tenants: tuple[Running
     assert re.search(rf"{two_tenants[0].tenant[-30:]} +\d+ +\d+% +0 +3\b", shown), shown
 
 
-METRICS = """
-from cluster.running import connected
-with connected("auto"):
-    import ray
-    print([node["MetricsExportPort"] for node in ray.nodes()])
-"""
-
-
 @pytest.fixture(scope="module")
 def metrics_url(running: Running) -> str:
-    found = subprocess.run(
-        [sys.executable, "-c", METRICS], env=environment(), check=True, timeout=120, capture_output=True, text=True
-    )
-    (port,) = json.loads(found.stdout.splitlines()[-1])
-    return f"http://127.0.0.1:{port}/metrics"
+    return f"http://127.0.0.1:{metrics_port()}/metrics"
 
 
 def test_tenants_share_no_prefix_cache(running: Running, acme: Running, metrics_url: str) -> None:
@@ -606,19 +560,13 @@ def test_tenants_share_no_prefix_cache(running: Running, acme: Running, metrics_
     assert settled(num_queries + 5 * num_tokens) == own, "another tenant finds it too"
 
 
-def test_metrics_have_the_names_that_dashboards_rely_on(running: Running, metrics_url: str) -> None:
-    names = {
-        "ray_adaptivellm_host_pool_blocks", "ray_adaptivellm_degraded", "ray_adaptivellm_headroom_blocks",
-        "ray_adaptivellm_output_tokens_total", "ray_adaptivellm_output_length_coverage",
-        "ray_adaptivellm_output_length_loss_ratio", "ray_adaptivellm_tenant_service_total",
-        "ray_adaptivellm_fairness_gap", "ray_adaptivellm_fairness_bound", "ray_adaptivellm_fairness_gap_of_bound",
-        "ray_adaptivellm_weighted_turnaround",
-    }  # fmt: skip
+def test_every_metric_that_dashboards_rely_on_is_exported_by_its_name(running: Running, metrics_url: str) -> None:
+    needs_preemptions = {COST_ERROR.exported}
+    names = {metric.exported for metric in METRICS.values()} - needs_preemptions
     deadline_s = time.monotonic() + 60
     told = ""
     while missing := {name for name in names if f"\n{name}{{" not in told}:
         assert time.monotonic() < deadline_s, missing
-        # Ray shows what was set since it last collected: somebody must be at work.
         assert running.post(CHAT, {"model": MODEL, "messages": HELLO, "max_tokens": 16}).status_code == 200
         told += httpx.get(metrics_url).text
 
