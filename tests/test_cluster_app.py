@@ -48,6 +48,28 @@ def test_scaled_replicas_have_bounds_our_policy_and_none_of_rays_aims() -> None:
     assert policy(**config.policy.policy_kwargs)._settings.max_replicas == 8, "Serve can make it from what it was sent"
 
 
+def test_what_replicas_are_scaled_by_reaches_the_controller_and_comes_back_to_status() -> None:
+    from ray.serve._private.config import DeploymentConfig, ReplicaConfig
+    from ray.serve._private.deployment_info import DeploymentInfo
+    from ray.serve.config import AutoscalingConfig
+    from ray.serve.schema import _deployment_info_to_schema
+
+    options = deployment_of(autoscaling={"max_replicas": 3, "target_queued_s": 7.0})["autoscaling_config"]
+    sent = DeploymentConfig(autoscaling_config=AutoscalingConfig(**options)).to_proto_bytes()
+    received = DeploymentConfig.from_proto_bytes(sent)
+    assert received.autoscaling_config is not None
+    policy = received.autoscaling_config.policy
+    assert policy.get_policy()(**policy.policy_kwargs)._settings.target_queued_s == 7.0
+    info = DeploymentInfo(
+        deployment_config=received,
+        replica_config=ReplicaConfig.create(lambda: None),
+        start_time_ms=0,
+        deployer_job_id="",
+    )
+    shown = _deployment_info_to_schema("d", info).model_dump(exclude_unset=True)
+    assert shown["autoscaling_config"]["policy"]["policy_kwargs"] == options["policy"]["policy_kwargs"]
+
+
 def test_a_replica_that_goes_has_time_for_what_it_has_and_the_ingress_a_little_more() -> None:
     assert deployment_of()["graceful_shutdown_timeout_s"] == 600.0
     assert deployment_of(drain_timeout_s=30)["graceful_shutdown_timeout_s"] == 30.0

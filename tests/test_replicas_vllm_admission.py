@@ -264,8 +264,10 @@ def test_routers_are_told_the_tokens_of_those_who_wait_by_tenant(tiny_model: Pat
         totals = one.scheduler.totals()
         assert totals.backlog == backlog
         assert totals.num_waiting_tokens == backlog.total()
+        assert (totals.queued_s > 0.0) == bool(waiting), "work waits where somebody does"
         one.step()
     assert one.scheduler.totals().backlog == {}
+    assert one.scheduler.totals().autoscaling(0.0).num_waiting == 0
 
 
 def test_requests_with_priorities_keep_vllms_queues(tiny_model: Path) -> None:
