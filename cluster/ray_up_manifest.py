@@ -18,6 +18,9 @@ from cluster.manifest_rules import TOKEN_MODE, check_command, refuse_unknown, te
 
 TOKEN_FILE = "~/.ray/auth_token"
 
+FIRST_AUTOSCALER = "RAY_enable_autoscaler_v2=0"
+"""Of Ray 2.60: `ray up` asks for the second one, which keeps on adding local workers and never starts one."""
+
 LOCAL_PROVIDER = {"type", "head_ip", "worker_ips", "external_head_ip", "coordinator_address"}
 """What Ray reads of `provider` for machines of one's own; its schema allows anything there."""
 
@@ -87,6 +90,12 @@ def _check_start(document: dict[str, Any]) -> None:
         for command in starts:
             if TOKEN_MODE not in command:
                 raise ValueError(f"{field} start Ray without authentication: export {TOKEN_MODE} before `ray start`.")
+    if document["provider"].get("type") == "local" and FIRST_AUTOSCALER not in " ".join(
+        document["head_start_ray_commands"]
+    ):
+        raise ValueError(
+            f"head_start_ray_commands lack {FIRST_AUTOSCALER}: Ray's second autoscaler starts no local workers."
+        )
     if TOKEN_FILE not in document.get("file_mounts", {}):
         raise ValueError(f"file_mounts lack {TOKEN_FILE}, by which nodes know each other: add it.")
 

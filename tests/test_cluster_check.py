@@ -232,6 +232,12 @@ def test_rays_own_start_commands_are_refused(home: Path, changed: Changed) -> No
         check(file, ROOT)
 
 
+def test_a_local_cluster_whose_workers_ray_would_never_start_is_refused(home: Path, changed: Changed) -> None:
+    file = changed(RAY_UP[0], lambda document: start(document, "RAY_enable_autoscaler_v2=0", ""))
+    with pytest.raises(ValueError, match="starts no local workers"):
+        check(file, ROOT)
+
+
 # Redis
 
 
