@@ -131,6 +131,7 @@ def test_who_uses_another_node_goes_on_while_one_is_lost_and_after_it_is_back(de
     assert {line["status"] for line in requests(returned)} == {200}
 
 
+@pytest.mark.slow
 def test_ray_down_leaves_nothing_behind_but_a_workers_log_monitor(hosts: RayUp) -> None:
     said = hosts.down()
     assert "No nodes remaining" in said, said
