@@ -18,7 +18,6 @@ from cluster.config import GPU_ENVIRONMENT, SCHEDULERS, AppArgs
 from cluster.http_app import make_app
 from cluster.ingress import ENDPOINTS, AdaptiveIngress
 from cluster.ray_internals import (
-    IMPLICIT_RESOURCE_PREFIX,
     maybe_apply_llm_deployment_config_defaults,
     to_model_metadata,
 )
@@ -134,10 +133,8 @@ def make_llm_config(settings: AppArgs, folder: Path | None) -> LLMConfig:
         deployment["ray_actor_options"] = {"num_cpus": replicas.num_cpus}
         values["accelerator_type"] = replicas.gpu_type
         env_vars |= GPU_ENVIRONMENT
-    if replicas.max_replicas_per_node is not None:
-        # As Serve's own option does it, which Serve refuses beside placement groups: every node has one of such a resource.
-        resource = f"{IMPLICIT_RESOURCE_PREFIX}adaptivellm:{settings.model.id}"
-        deployment["ray_actor_options"]["resources"] = {resource: 1.0 / replicas.max_replicas_per_node}
+    if replicas.resources:
+        deployment["ray_actor_options"]["resources"] = dict(replicas.resources)
     return LLMConfig(**values, deployment_config=deployment, runtime_env={"env_vars": env_vars})
 
 

@@ -11,11 +11,9 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ErrorResponse,
     to_model_metadata,
 )
-from ray.serve._private.deployment_scheduler import IMPLICIT_RESOURCE_PREFIX
 from ray.serve.context import _get_global_client
 
 __all__ = [
-    "IMPLICIT_RESOURCE_PREFIX",
     "ChatCompletionRequest",
     "CompletionRequest",
     "ErrorInfo",

@@ -1,6 +1,6 @@
 """Settings of the replicas: `args.replicas` of a Serve config file (`cluster.config`)."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -66,8 +66,9 @@ class ReplicaArgs(Settings):
     autoscaling: AutoscalingArgs | None = None
     """None: there are always `num_replicas`."""
 
-    max_replicas_per_node: int | None = Field(default=None, ge=1, le=1000)
-    """Keeps replicas spread: a further one waits for another node. None: as many as fit."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Further resources that one replica takes of its node, by the names that nodes were started with. A node that has 1 of
+    `replica_slot` gets one replica of those that take 1: so they are spread."""
 
     drain_timeout_s: float = Field(default=600.0, ge=0)
     """A replica that is scaled away, or replaced, gets no new requests and has so long to finish those it has; what is

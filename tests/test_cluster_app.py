@@ -76,13 +76,10 @@ def test_a_replica_that_goes_has_time_for_what_it_has_and_the_ingress_a_little_m
     assert deployment_of(max_surge_percent=50)["max_surge_percent"] == 50
 
 
-def test_replicas_are_kept_spread_by_what_every_node_has_one_of() -> None:
+def test_replicas_take_of_their_node_what_the_settings_name() -> None:
     from ray.llm._internal.serve.core.server.llm_server import _merge_replica_actor_and_child_actor_bundles
 
     assert "resources" not in deployment_of()["ray_actor_options"]
-    resources = deployment_of(max_replicas_per_node=2)["ray_actor_options"]["resources"]
-    ((name, amount),) = resources.items()
-    assert name.startswith("node:__internal_implicit_resource_adaptivellm")
-    assert amount == 0.5
+    resources = deployment_of(resources={"replica_slot": 1.0})["ray_actor_options"]["resources"]
     first = _merge_replica_actor_and_child_actor_bundles([{"CPU": 0.4}], {"CPU": 0.4, **resources})[0]
-    assert first == {"CPU": 0.8, name: 0.5}, "the replica's placement group takes it"
+    assert first == {"CPU": 0.8, "replica_slot": 1.0}, "the replica's placement group takes it"

@@ -234,14 +234,9 @@ def test_old_replicas_drain_and_new_ones_start_before_them_as_we_say() -> None:
     assert "if num_ongoing_requests > 0 or" in source, "cluster/app.py: who is told to stop no longer finishes"
 
 
-def test_replicas_of_a_node_are_limited_by_what_every_node_has_one_of() -> None:
+def test_resources_of_a_replicas_actor_are_in_the_first_bundle_of_its_placement_group() -> None:
     from ray.llm._internal.serve.core.server import llm_server
-    from ray.serve._private import deployment_scheduler
 
-    from cluster.ray_internals import IMPLICIT_RESOURCE_PREFIX
-
-    assert IMPLICIT_RESOURCE_PREFIX, "cluster/app.py"
-    assert "1.0 / scheduling_request.max_replicas_per_node" in inspect.getsource(deployment_scheduler), "cluster/app.py"
     source = inspect.getsource(llm_server.LLMServer.get_deployment_options)
     assert '**ray_actor_options.get("resources", {})' in source, "cluster/app.py: resources are not in the first bundle"
 

@@ -1,4 +1,4 @@
-"""Goal: no node gets more replicas than `max_replicas_per_node` says, and a further one waits for another node.
+"""Goal: replicas that take a resource of which every node has one are spread, and a further one waits for another node.
 
 Method: a Ray cluster of two nodes in a process of its own, and placement groups as Serve makes them of our options; no
 engine.
@@ -22,8 +22,8 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, placement_group_table
 
 bundles, num_groups = json.loads(sys.argv[1]), int(sys.argv[2])
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8})
-cluster.add_node(num_cpus=8)
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "resources": {"replica_slot": 1}})
+cluster.add_node(num_cpus=8, resources={"replica_slot": 1})
 ray.init(cluster.address, log_to_driver=False)
 groups = [placement_group(bundles) for _ in range(num_groups)]
 ready, _ = ray.wait([group.ready() for group in groups], num_returns=num_groups, timeout=10)
@@ -49,7 +49,7 @@ def test_two_of_three_replicas_find_a_node_of_their_own_and_the_third_waits() ->
 
     from cluster.app import make_llm_config
 
-    settings = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 << 20, "max_replicas_per_node": 1}})
+    settings = AppArgs.from_mapping({"replicas": {"kv_cache_bytes": 64 << 20, "resources": {"replica_slot": 1.0}}})
     config = make_llm_config(settings, None)
     options, group = config.deployment_config["ray_actor_options"], config.placement_group_config
     assert group is not None
