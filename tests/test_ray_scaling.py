@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 TOOLS = Path(sys.executable).parent
 MODEL, SERVER = "tiny", "AdaptiveLLMServer:tiny"
-CLIENTS = {"f": 60, "g": 20}
+CLIENTS = {"f": 150, "g": 50}
+"""Enough of both that requests of both wait at every replica, whatever time they spend elsewhere on a busy machine."""
 OUTPUT_TOKENS = 24
 LIMIT_S = 300
 IN_FORCE_S = 5.0
