@@ -33,7 +33,8 @@ class StateLoop:
             each_round: Called before every round in that thread.
         """
         self._name, self._keepers, self._each_round = name, keepers, each_round
-        self._degraded = degraded_gauge("state")
+        self._degraded = degraded_gauge()
+        self._degraded.set(0.0, tags={"part": "state"})
         self._end = threading.Event()
         self._is_away = False
         deadline_s = time.monotonic() + START_WAIT_S

@@ -62,9 +62,9 @@ class Serving:
         self.store = RedisStore(state)
         self.registry = TenantRegistry(self.store, {})
         self.key = self.registry.add("acme", weight=2.0, limits=TenantLimits())
-        monkeypatch.setattr(serve_state, "degraded_gauge", lambda: self.fairness_gauge)
+        monkeypatch.setattr(serve_state, "degraded_gauge", lambda *_: self.fairness_gauge)
         self.fairness = FairnessActor(RedisStore(state))
-        monkeypatch.setattr(serve_state, "degraded_gauge", lambda: self.cost_gauge)
+        monkeypatch.setattr(serve_state, "degraded_gauge", lambda *_: self.cost_gauge)
         monkeypatch.setattr(cost_actor, "SAVE_INTERVAL_S", 1.0)  # 10 s is long for a test
         self.costs = CostActor(RedisStore(state))
         self.tenants = LiveTenants(RedisStore(state), {}, num_ingresses=1)
