@@ -71,6 +71,7 @@ def ask_deployments() -> list[dict[str, Any]]:
 
     from cluster.ray_internals import _get_global_client
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # what is asked for comes with classes that import vLLM here
     try:
         details = _get_global_client().get_serve_details()
     except RayError as error:
@@ -86,7 +87,9 @@ def ask_deployments() -> list[dict[str, Any]]:
                     "application": application,
                     "deployment": deployment,
                     "target": one["target_num_replicas"],
-                    "states": [replica["state"] for replica in one["replicas"]],
+                    "states": [
+                        str(getattr(state, "value", state)) for state in (each["state"] for each in one["replicas"])
+                    ],
                     "autoscaling": config.get("policy", {}).get("policy_kwargs") or None,
                 }
             )

@@ -211,6 +211,11 @@ def test_after_all_that_both_engines_still_answer(running: Running) -> None:
     assert {answer.status_code for answer in at_once(running, 8)} == {200}
 
 
+def test_status_says_how_many_replicas_run_and_are_wanted(running: Running) -> None:
+    (row,) = full_status()["scaling"]
+    assert (row["running"], row["wanted"], row["others"]) == (2, 2, {})
+
+
 def test_status_shows_both_replicas(running: Running) -> None:
     replicas = status(running)
     assert len(replicas) == 2
