@@ -17,6 +17,7 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         LookupError: None answers; one sentence with the mend.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # answers come with classes that import vLLM, which prints
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
@@ -71,7 +72,6 @@ def ask_deployments() -> list[dict[str, Any]]:
 
     from cluster.ray_internals import _get_global_client
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # what is asked for comes with classes that import vLLM here
     try:
         details = _get_global_client().get_serve_details()
     except RayError as error:
