@@ -87,9 +87,7 @@ def ask_deployments() -> list[dict[str, Any]]:
                     "application": application,
                     "deployment": deployment,
                     "target": one["target_num_replicas"],
-                    "states": [
-                        str(getattr(state, "value", state)) for state in (each["state"] for each in one["replicas"])
-                    ],
+                    "states": [_text(replica["state"]) for replica in one["replicas"]],
                     "autoscaling": config.get("policy", {}).get("policy_kwargs") or None,
                 }
             )
@@ -106,9 +104,13 @@ def not_running() -> list[str]:
         f"{deployment} of {application}: {', '.join(f'{num} {state}' for state, num in sorted(states.items()))}."
         for application, status in _applications().items()
         for deployment, info in status.deployments.items()
-        if set(states := {str(getattr(state, "value", state)): num for state, num in info.replica_states.items()})
-        != {"RUNNING"}
+        if set(states := {_text(state): num for state, num in info.replica_states.items()}) != {"RUNNING"}
     ]
+
+
+def _text(state: Any) -> str:
+    """Serve's name of a state, whether it comes as text or as the enumeration's member."""
+    return str(getattr(state, "value", state))
 
 
 def _applications() -> Mapping[str, Any]:

@@ -175,12 +175,10 @@ class RequestAdmission:
         if plan is not None:
             self._count(plan, has_blocks)
         left = room()
-        if left.num_free_blocks <= 0:
-            self._plan = NOBODY
+        is_full = left.num_free_blocks <= 0
+        if not is_full and left.fits(need(head.request_id)):
             return queue
-        if left.fits(need(head.request_id)):
-            return queue
-        if self.bypass.is_spent(head.request_id):
+        if is_full or self.bypass.is_spent(head.request_id):
             self._plan = NOBODY
             return queue
         self._plan = self.bypass.plan([need(each.request_id) for each in self.order()], left)

@@ -70,19 +70,6 @@ def test_a_document_is_changed_by_one_at_a_time(path: Path) -> None:
     assert SqliteStore(path).load("counts") == {"a": 100}
 
 
-def test_a_change_that_fails_leaves_the_document_as_it_was(path: Path) -> None:
-    store = SqliteStore(path)
-    store.save("costs", "a", 1)
-
-    def refuse(document: int | None) -> int:
-        raise ValueError(f"not {document}")
-
-    with pytest.raises(ValueError, match="not 1"):
-        store.update("costs", "a", refuse)
-    assert store.load("costs") == {"a": 1}
-    assert store.update("costs", "a", lambda document: [document]) == [1]
-
-
 def test_a_damaged_document_is_none_to_who_changes_it(path: Path) -> None:
     store = SqliteStore(path)
     store.save("costs", "a", 1)
