@@ -24,7 +24,7 @@ from cluster.prompts import RequestSpec
 from cluster.records import RequestRecord, RunResult
 from cluster.workload import Workload
 
-CALIBRATION_LENGTHS, CALIBRATION_TIMES, CALIBRATION_TOKENS, CHECKED_REQUESTS = 5, 3, 128, 20
+CALIBRATION_LENGTHS, CALIBRATION_TIMES, CALIBRATION_TOKENS, CHECKED_REQUESTS = 5, 3, 128, 10
 
 Say = Callable[[str], None]
 
