@@ -20,7 +20,7 @@ from cluster.simulated_replica import FIRST_COME, LOCAL, ReplicaKind
 from cluster.simulated_share import ShareSettings, SimulatedShare
 from cluster.simulation import Simulation
 from cost_service.traces import TraceRequest
-from tests.test_cluster_simulation import BLOCK_BYTES, ENGINE, STALLING, TIMES
+from tests.test_cluster_simulation import BLOCK_BYTES, ENGINE, REQUESTS, STALLING, TIMES
 
 FAIR = "fair"
 KIND = ReplicaKind(
@@ -141,15 +141,6 @@ def test_replicas_come_and_go_and_everybody_is_served() -> None:
     assert scheduler.share.ledger.replicas == {"replica-0", "replica-1"}
     assert simulation.counts.crashes == 2
     assert not watch.checker.broken
-
-
-REQUESTS = st.lists(
-    st.builds(
-        TraceRequest, arrival_s=st.floats(0.0, 3.0), tenant=st.sampled_from("abc"), prompt_tokens=st.integers(1, 60),
-        output_tokens=st.integers(1, 60), prefix_hashes=st.lists(st.integers(0, 2), max_size=1).map(tuple),
-    ),
-    min_size=1, max_size=40,
-)  # fmt: skip
 
 
 @settings(max_examples=25, deadline=None)

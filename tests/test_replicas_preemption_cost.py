@@ -26,23 +26,10 @@ COSTS = CostSnapshot(
     out_block_s=1e-4,
     in_block_s=2e-4,
 )
-LINKED = CostSnapshot(
-    version=1,
-    model="m",
-    hardware="cpu",
-    parallelism=1,
-    block_size=16,
-    recompute_fixed_s=0.0,
-    ridge_tokens=0.0,
-    token_s=1e-3,
-    attention_s=0.0,
-    swap_fixed_s=0.0,
-    out_block_s=0.0,
-    in_block_s=0.0,
-    link_latency_s=0.5,
-    link_out_block_s=0.1,
-    link_in_block_s=0.1,
-)
+LINKED = replace(
+    COSTS, attention_s=0.0, swap_fixed_s=0.0, out_block_s=0.0, in_block_s=0.0,
+    link_latency_s=0.5, link_out_block_s=0.1, link_in_block_s=0.1,
+)  # fmt: skip
 
 
 def candidate(**changes: object) -> Candidate:
