@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from cost_service.result_file import check_json_file
+
 COMMANDS = {
     "serve": ("cluster.serve", "start Ray on this machine and serve the model until Ctrl-C"),
     "check": ("cluster.check", "refuse manifests that would not start, or not as they are meant"),
@@ -51,10 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster", description="AdaptiveLLM")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        # No abbreviations: what is told of a command knows options by their names (`bench_command.command_line`).
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if arguments[:1] == [name]:  # the others' modules are not needed
             importlib.import_module(module).add_arguments(command)
     options = parser.parse_args(arguments)
+    try:
+        # Before any command begins: nothing is measured, and no key made, whose result could not be kept.
+        check_json_file(getattr(options, "json", None))
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
     return int(importlib.import_module(COMMANDS[options.command][0]).main(options))
 
 

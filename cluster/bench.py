@@ -18,10 +18,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import bench_baseline, bench_served, figures_plot, models, served_plan
+from cluster import bench_baseline, bench_served, figures_plot, models, pool_fraction, served_plan
 from cluster.bench_arm import ADMISSIONS, FIRST_COME, OFFLOAD, STOCK, EngineSettings, read_engine_kwargs
 from cluster.bench_command import command_line, machine_facts, parts_file, run_command
-from cluster.bench_figures import INTERVAL, Calibration, difference_to_stock, figures, ratios_to_stock, table
+from cluster.bench_figures import INTERVAL, Calibration, Figures, difference_to_stock, figures, ratios_to_stock, table
 from cluster.bench_model import DUMMY, RANDOM_MODELS, model_folder, number_in
 from cluster.bench_progress import Progress
 from cluster.bench_runs import Plan, Say, full_repeats, measure_alone, run_arms, runs_of
@@ -29,7 +29,7 @@ from cluster.bootstrap import has_nvidia_gpu
 from cluster.prompts import RequestSpec
 from cluster.records import RunResult
 from cluster.workload import Workload, add_workload_arguments, workload_of
-from cluster.workload_summary import describe
+from cluster.workload_summary import Summary
 from replicas.config import PreemptionPolicy
 
 POLICIES = (STOCK, *(policy.value for policy in PreemptionPolicy), OFFLOAD)
@@ -81,7 +81,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--random-model", choices=RANDOM_MODELS, default="tiny", help="where none is named (default: tiny)"
     )
     parser.add_argument(
-        "--pool-fraction", type=float, help="KV blocks / peak demand of stock; 0: enough for all (default: 0.4)"
+        "--pool-fraction", type=float, help=f"{pool_fraction.HELP} (default: {PRESSURE['pool_fraction']})"
     )
     parser.add_argument("--host-pool-bytes", type=int, default=1 << 28, help="for swapped blocks (default: 256 MiB)")
     parser.add_argument("--max-num-seqs", type=int, help="requests that run at once (default: 32)")
@@ -200,7 +200,7 @@ def preset(options: argparse.Namespace) -> dict[str, Any]:
     return values | given
 
 
-def described(options: argparse.Namespace) -> str:
+def described(options: argparse.Namespace) -> Summary:
     """What the workload is, whatever the model.
 
     Raises:
@@ -208,7 +208,7 @@ def described(options: argparse.Namespace) -> str:
     """
     dropped = Counter[str]()
     default = served_plan.TRACE if getattr(options, "serve", None) is not None else preset(options)["trace"]
-    return describe(workload_of(options, default=default).requests(dropped), dropped)
+    return Summary.of(workload_of(options, default=default).requests(dropped), dropped)
 
 
 def read_workloads(
@@ -241,8 +241,7 @@ def check_options(given: dict[str, Any], accelerator: str) -> None:
             continue
         if not given[name] > 0 or math.isinf(given[name]):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0 and finite.")
-    if not 0 <= given["pool_fraction"] <= 1:
-        raise ValueError("--pool-fraction must be between 0 and 1.")
+    pool_fraction.check_pool_fraction(given["pool_fraction"])
     if given["host_pool_bytes"] < 0:
         raise ValueError("--host-pool-bytes must not be negative; 0 turns swapping off.")
 
@@ -279,9 +278,7 @@ def measure(plan: Plan, scratch: Path, say: Say, progress: Progress) -> dict[str
     alone = progress.part("alone", lambda: measure_alone(plan, scratch, say))
     ample = list(map(RunResult.of, alone["ample"]))
     demand = math.ceil(statistics.median(result.peak_kv_blocks for result in ample))
-    num_blocks = plan.engine.num_kv_blocks
-    if plan.pool_fraction:
-        num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
+    num_blocks = plan.pool_blocks(demand)
     say(f"  peak {demand} blocks; arms get {num_blocks}, one of them vLLM's null block")
     try:
         run_arms(plan, scratch, num_blocks, say, progress)
@@ -298,17 +295,19 @@ def measure(plan: Plan, scratch: Path, say: Say, progress: Progress) -> dict[str
         "command": command_line(),
     }
     runs = {arm: list(map(RunResult.of, of)) for arm, of in runs_of(arms, done, progress).items()}
-    report |= arms_report(plan, runs, Calibration(**alone["calibration"]), ample)
+    report |= arms_report(plan, runs, Calibration(**alone["calibration"]), ample, num_blocks=num_blocks)
     return report | ({} if done == repeats else {"partial": True, "partial_repeats": done})
 
 
 def arms_report(
-    plan: Plan, runs: Mapping[str, Sequence[RunResult]], calibration: Calibration, ample: Sequence[RunResult]
-) -> dict[str, Any]:
+    plan: Plan, runs: Mapping[str, Sequence[RunResult]], calibration: Calibration, ample: Sequence[RunResult],
+    *, num_blocks: int,
+) -> dict[str, Any]:  # fmt: skip
     """What a report says of the arms, and of the others against stock.
 
     Args:
         ample: What each different workload gave in memory that suffices for everything.
+        num_blocks: KV blocks of every arm.
     """
     weights, stock = plan.workload.weights(), plan.stock_arm
     base = dict(zip(dict.fromkeys(plan.workloads), ample, strict=True))
@@ -322,7 +321,7 @@ def arms_report(
         for one, result in zip(by_arm[arm], results, strict=True):
             rest = asdict(result)
             del rest["tokens"]
-            told[arm]["repeats"].append(asdict(one) | rest)
+            told[arm]["repeats"].append(asdict(one) | rest | _against_bound(one, plan.pair_bound(arm, num_blocks)))
         if plan.check_exact:
             pairs = zip(results, plan.workloads, strict=False)  # an interrupted benchmark has fewer repeats
             told[arm]["requests_with_other_tokens"] = sum(
@@ -336,6 +335,14 @@ def arms_report(
             arm: difference_to_stock(step_us[arm], step_us[stock]) for arm in runs if stock is not None and arm != stock
         },
     }
+
+
+def _against_bound(one: Figures, bound: float | None) -> dict[str, Any]:
+    """A run's gap in service against the bound, with the names of `cluster.fairness_watch`, where a bound is stated."""
+    if bound is None:
+        return {}
+    gap = one.max_service_gap
+    return {"fairness": {"max_service_gap": gap, "bound": bound, "gap_over_bound": gap / bound}}
 
 
 def differing(result: RunResult, base: RunResult) -> int:

@@ -8,24 +8,33 @@ Rules:
 """
 
 import argparse
-import json
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from cluster.bench_runs import Say
 from cluster.synthetic import SCHEME
+from cluster.workload_summary import Summary
+from cost_service.result_file import write_json
+
+Result = TypeVar("Result")
 
 PRIVATE = {"--key": "KEY", "--serve": "URL", "--address": "ADDRESS"}
 """Options whose values are not told, and what stands for them."""
+
+OUTPUTS = ("--json", "--plot", "--save-baseline")
+"""Options that name a file to write: no part of what was run."""
+
+_PATH_IN_JSON = re.compile(r'"([^"]*/[^"]*)"')
 
 
 def run_command(
@@ -33,7 +42,7 @@ def run_command(
     work: Callable[[Path, Say], dict[str, Any]],
     render: Callable[[dict[str, Any]], str],
     *,
-    described: Callable[[argparse.Namespace], str],
+    described: Callable[[argparse.Namespace], Summary],
 ) -> int:
     """Run a benchmark in a scratch folder, print its table, write `--json`; return the exit status of `main`.
 
@@ -50,14 +59,12 @@ def run_command(
 
     def carried_out() -> int:
         if options.describe:
-            print(described(options))
-            return 0
-        check_json_file(options.json)
-        with tempfile.TemporaryDirectory(prefix="adaptivellm-") as scratch, _terminated_like_interrupted():
+            return tell(described(options), options.json)
+        with tempfile.TemporaryDirectory(prefix="adaptivellm-") as scratch, terminated_like_interrupted():
             report = work(Path(scratch), say)
         print(render(report))
         if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(report, options.json)
             if "partial" not in report:
                 cast(Path, parts_file(options.json)).unlink(missing_ok=True)
         return status_of(report)
@@ -87,8 +94,58 @@ def said(work: Callable[[], int], *, interrupted: str = "Interrupted.") -> int:
         return 130
 
 
+def until_interrupted(work: Mapping[str, Callable[[], Result]]) -> tuple[dict[str, Result], dict[str, Any]]:
+    """Do pieces of work in turns; return what came of them by name, and for the report whether some are missing.
+
+    Raises:
+        KeyboardInterrupt: None was done.
+    """
+    done: dict[str, Result] = {}
+    try:
+        for name, one in work.items():
+            done[name] = one()
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        return done, partial_of(done, work)
+    return done, {}
+
+
+def partial_of(done: Collection[str], asked: Collection[str]) -> dict[str, Any]:
+    """What a report says of work that was interrupted."""
+    return {"partial": True, "partial_done": len(done), "partial_of": len(asked)}
+
+
+def tell(workload: Summary, target: Path | None) -> int:
+    """Say what a workload is, and write it to the file of `--json`; return the exit status."""
+    print(workload.text())
+    if target is not None:
+        write_json({"described": workload.figures()}, target)
+    return 0
+
+
+@contextmanager
+def named_as_options(*fields: str, **options: str) -> Iterator[None]:
+    """Let what is wrong with a setting name the option that it came from.
+
+    Args:
+        fields: Settings whose options have their names.
+        options: Those of others.
+    """
+    names = {field: f"--{field.replace('_', '-')}" for field in fields} | options
+    try:
+        yield
+    except ValueError as error:
+        pattern = rf"(?<![-\w])({'|'.join(names)})(?!\w)"
+        raise ValueError(re.sub(pattern, lambda found: names[found[1]], str(error))) from None
+
+
 def status_of(report: dict[str, Any]) -> int:
     """The exit status of a benchmark that has a report, with a sentence on standard error for every one but 0."""
+    if "partial_done" in report:
+        told = f"{report['partial_done']} of {report['partial_of']} were done, and are kept"
+        print(f"Interrupted; {told}.", file=sys.stderr)
+        return 130
     if "partial" in report:
         print(f"Interrupted; {report['partial_repeats']} whole repeats were measured.", file=sys.stderr)
         return 130
@@ -105,18 +162,9 @@ def parts_file(result: Path | None) -> Path | None:
     return result and result.with_name(f"{result.name}.parts")
 
 
-def check_json_file(path: Path | None) -> None:
-    """Refuse a result file that cannot be written, before anything is measured.
-
-    Raises:
-        ValueError: It is a folder, or in none that exists.
-    """
-    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError("--json must name a file in a folder that exists: make the folder or name another one.")
-
-
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -125,22 +173,34 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
-    """What was run, with files by their names alone and without what is private.
+    """What was run, to be pasted: without the files it wrote, with paths by their last part and without what is private.
+
+    So where the results go changes none of them.
 
     Args:
         arguments: Of the command; None: this process's own.
     """
-    told, before = ["python -m cluster"], ""
+    told, before = ["python", "-m", "cluster"], ""
     for text in sys.argv[1:] if arguments is None else arguments:
-        option, equals, _ = text.partition("=")
+        option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
         if before in PRIVATE:
             told.append(PRIVATE[before])
         elif equals and option in PRIVATE:
             told.append(f"{option}={PRIVATE[option]}")
-        else:
-            told.append(text if SCHEME in text else re.sub("[^:=]*/", "", text))  # streams have slashes of their own
+        elif before not in OUTPUTS and option not in OUTPUTS:
+            told.append(f"{option}{equals}{_without_path(value)}")
         before = text
-    return " ".join(told)
+    return shlex.join(told)
+
+
+def _without_path(text: str) -> str:
+    """A value with nothing but the last part of each path in it: `/models/x/` is `x`, `csv:/data/a.csv` is `csv:a.csv`."""
+    if "/" not in text or text.startswith(SCHEME):  # streams have slashes of their own
+        return text
+    if text.startswith(("{", "[")):
+        return _PATH_IN_JSON.sub(lambda found: f'"{Path(found[1]).name}"', text)
+    source, colon, path = text.rpartition(":")
+    return f"{source.rpartition('/')[2]}{colon}{Path(path).name}"
 
 
 def machine_facts() -> dict[str, Any]:

@@ -7,7 +7,6 @@ among replicas that tell of the backlogs of as many tenants as they name at most
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ from cost_service.hardware import HARDWARE
 from cost_service.learner import BLOCK_KNOTS, TOKEN_KNOTS
 from cost_service.model_shape import SEVEN_BILLION
 from cost_service.prompt_text import BYTES_PER_TOKEN
+from cost_service.result_file import write_json
 from cost_service.service_messages import MAX_BACKLOG_TENANTS, ReplicaLoad
 from global_scheduler.placement import Placement
 from global_scheduler.prefix_homes import Mark, prompt_marks
@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
     for name, value_us in figures.items():
         print(f"{name:<64}{value_us:>9.1f} us")
     if options.json:
-        options.json.write_text(json.dumps({"benchmark": "decision", "median_us": figures}, indent=2) + "\n")
+        write_json({"benchmark": "decision", "median_us": figures}, options.json)
     return 0
 
 

@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace, scratch: Path, say: Say) -> dict[str, A
         raise ValueError("--change-by must be above 0, such as 0.25.")
     plan = bench.plan_of(options, scratch)
     largest = sorted((one.num_tokens for one in plan.workloads[0]), reverse=True)[: plan.engine.max_num_seqs]
-    blocks = max(int(plan.pool_fraction * sum(largest) / plan.engine.block_size), plan.least_blocks)
+    blocks = plan.pool_blocks(sum(largest) / plan.engine.block_size)
     settings = replace(
         plan.engine, policy="swap", num_kv_blocks=blocks,
         swap={"guard": False, "throttled_link_bytes_per_s": options.link_bytes_per_s},

@@ -8,7 +8,6 @@ interval. Processor time of the object alone; memory of the whole process, the r
 
 import argparse
 import gc
-import json
 import random
 import resource
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from cost_service.charges import Account, Served
+from cost_service.result_file import write_json
 from cost_service.service_messages import AccountReport, Report
 from global_scheduler.fair_share import FairShare
 
@@ -76,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
         print("Interrupted.", file=sys.stderr)
         return 130
     if options.json:
-        options.json.write_text(json.dumps({"benchmark": "fairness-actor", "runs": figures}, indent=2) + "\n")
+        write_json({"benchmark": "fairness-actor", "runs": figures}, options.json)
     return 0
 
 

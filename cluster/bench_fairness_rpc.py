@@ -6,7 +6,6 @@ play replicas whose reports change a few accounts each, as fast as the actor ans
 
 import argparse
 import asyncio
-import json
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ import msgspec
 from cluster.config import StateArgs
 from cluster.stores import open_store
 from cost_service.charges import Account, Served, ServiceKind
+from cost_service.result_file import write_json
 from cost_service.service_messages import AccountReport, FairnessAnswer, FairnessReport, ReplicaLimits
 
 LIMITS = ReplicaLimits(
@@ -63,8 +63,7 @@ def main(options: argparse.Namespace) -> int:
         "ms_p50": 1e3 * statistics.median(seconds), "ms_p99": 1e3 * seconds[int(0.99 * len(seconds))],
     }  # fmt: skip
     if options.json is not None:
-        text = json.dumps(figures, indent=2)
-        print(text) if str(options.json) == "-" else options.json.write_text(text + "\n")
+        write_json(figures, options.json)
     else:
         print(
             f"{figures['calls_per_s']:.0f} exchanges/s of {options.replicas} replicas at once"

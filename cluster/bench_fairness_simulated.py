@@ -7,17 +7,17 @@ who waits alone, and checks the stated bound at every event. One seed, one table
 """
 
 import argparse
-import json
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
-from cluster.bench_command import command_line
+from cluster.bench_command import command_line, partial_of, said, status_of, terminated_like_interrupted
 from cluster.bench_figures import Calibration, figures
 from cluster.fairness_experiments import FAIRNESS_EXPERIMENTS, Experiment, in_time
 from cluster.fairness_watch import FairnessFigures
@@ -31,6 +31,7 @@ from cluster.simulated_time import LinearTimes
 from cluster.simulation import Simulation
 from cluster.synthetic import Synthetic
 from cost_service.output_length import OutputLength
+from cost_service.result_file import write_json
 from cost_service.traces import TraceRequest
 from replicas.config import PreemptionPolicy
 
@@ -57,19 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the experiments; 0, 1 where a bound that must hold was broken, or none that must break, 2 for a wrong option."""
-    try:
-        report = run_all(options)
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    print(table(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 1 if report["unexpected"] else 0
+    """Run the experiments; 0, 1 where a bound that must hold was broken, or none that must break, 2 for a wrong option.
+
+    130 when interrupted: whole experiments are kept then.
+    """
+
+    def work() -> int:
+        with terminated_like_interrupted():
+            report = run_all(options)
+        print(table(report))
+        if options.json:
+            write_json(report, options.json)
+        return status_of(report) or (1 if report["unexpected"] else 0)
+
+    return said(work)
 
 
 def run_all(options: argparse.Namespace) -> dict[str, Any]:
@@ -96,16 +98,31 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "fairness", "simulated": what.said, "command": command_line(), "capacity_per_s": rate,
         "experiments": experiments,
     }  # fmt: skip
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        tasks = {one.name: pool.submit(_run_named, options, one.name, rate) for one in chosen}
+    others = set(active_children())
+    pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent)
+    tasks = {one.name: pool.submit(_run_named, options, one.name, rate) for one in chosen}
+    try:
         for name, task in tasks.items():
             experiments[name] = task.result()
             print(rows(name, experiments[name]), file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        experiments |= {name: task.result() for name, task in tasks.items() if task.done() and not task.exception()}
+        if not experiments:
+            raise
+        report |= partial_of(experiments, tasks)
+    finally:
+        pool.shutdown(wait=len(experiments) == len(tasks), cancel_futures=True)
+        for process in set(active_children()) - others if len(experiments) < len(tasks) else ():
+            process.terminate()  # one that works on what nobody waits for any more
     report["unexpected"] = [
-        f"{one.name}, {arm}" for one in chosen for arm, seen in experiments[one.name].items()
+        f"{one.name}, {arm}" for one in chosen for arm, seen in experiments.get(one.name, {}).items()
         if seen["fairness"]["broken"] != (arm in one.breaks)
     ]  # fmt: skip
     return report
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes of a terminal
 
 
 def _kind(options: argparse.Namespace) -> ReplicaKind:

@@ -27,12 +27,14 @@ from typing import Any
 import httpx
 
 from cluster import keys, models
+from cluster.bench_command import tell
 from cluster.bench_model import number_in
 from cluster.config import AppArgs, load
 from cluster.prompts import RequestSpec
 from cluster.serve import DEFAULT_CONFIG
 from cluster.workload import Workload, add_workload_arguments, workload_of
-from cluster.workload_summary import describe
+from cluster.workload_summary import Summary
+from cost_service.result_file import write_json
 
 START_TIMEOUT_S = 600
 TRACE = "synthetic:requests=72,rate=inf,spread=0,prompt_mean=20,output_mean=48"
@@ -77,8 +79,7 @@ def main(options: argparse.Namespace) -> int:
         workload = workload_of(options, default=TRACE)
         if options.describe:
             dropped = Counter[str]()
-            print(describe(workload.requests(dropped), dropped))
-            return 0
+            return tell(Summary.of(workload.requests(dropped), dropped), options.json)
         for name in ("streams", "alone", "rounds"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} must be above 0.")
@@ -97,7 +98,7 @@ def main(options: argparse.Namespace) -> int:
             stop(server.process)
     print(table(report))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(report, options.json)
     return 0
 
 

@@ -64,7 +64,7 @@ def sweep(options: argparse.Namespace, scratch: Path, say: bench_runs.Say) -> di
         demand = statistics.median(
             bench_runs.run_ample(plan, alone, workload).peak_kv_blocks for workload in plan.workloads
         )
-    num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
+    num_blocks = plan.pool_blocks(demand)
     config = models.read_config(Path(plan.engine.model))
     kv_bytes = kv_token_bytes(ModelShape.from_config(config), element_bytes=ELEMENT_BYTES[plan.engine.dtype])
     break_even = kv_bytes / calibration.ttft_s_per_prompt_token

@@ -10,7 +10,6 @@ Rules:
 """
 
 import argparse
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -75,7 +74,7 @@ def compare(options: argparse.Namespace, scratch: Path, say: Say) -> dict[str, A
         raise ValueError(f"--pin names {strangers[0]!r}, of whom there is no request: name a tenant of the workload.")
     machine, alone = machine_facts(), measure_alone(plan, scratch, say)
     demand = statistics.median(RunResult.of(one).peak_kv_blocks for one in alone["ample"])
-    num_blocks = max(math.ceil(plan.pool_fraction * demand) + 1, plan.least_blocks)
+    num_blocks = plan.pool_blocks(demand)
     arms = arms_of(plan, num_blocks, num_replicas=options.replicas, also_alone=options.also_alone)
     placed = [place(requests, options.replicas, pins) for requests in plan.workloads]
     progress, names = Progress(None, None), tuple(arms)

@@ -20,9 +20,14 @@ from typing import Any
 from cluster.bench_arm import FIRST_COME, STOCK, Arm, EngineSettings, arm_names
 from cluster.bench_figures import Calibration
 from cluster.bench_progress import Progress
+from cluster.pool_fraction import pool_blocks
 from cluster.prompts import RequestSpec
 from cluster.records import RequestRecord, RunResult
 from cluster.workload import Workload
+from cost_service.charges import ServiceUnit
+from cost_service.service_messages import ReplicaLimits
+from global_scheduler.bound import VictimRule, fairness_bound
+from replicas.admission import AdmissionSettings
 
 CALIBRATION_LENGTHS, CALIBRATION_TIMES, CALIBRATION_TOKENS, CHECKED_REQUESTS = 5, 3, 128, 10
 
@@ -72,6 +77,33 @@ class Plan:
     def least_blocks(self) -> int:
         """KV blocks without which the engine refuses to start: one request of full length, and vLLM's null block."""
         return -(-self.engine.max_model_len // self.engine.block_size) + 1
+
+    def pool_blocks(self, demand: float) -> int:
+        """KV blocks of every arm, where so many are the most that stock holds."""
+        ample = self.engine.num_kv_blocks
+        assert ample is not None, "a plan's own engine has memory for everything"
+        return pool_blocks(self.pool_fraction, demand, least=self.least_blocks, ample=ample)
+
+    def pair_bound(self, arm: str, num_blocks: int) -> float | None:
+        """What two tenants who wait may be apart by in an arm (`global_scheduler.bound`): the two of the least weights.
+
+        One engine knows at once what it has served, so that no counter is late. None where no bound is stated: in the order
+        of arrival, or for one tenant.
+        """
+        settings, requests = self.arms[arm], [one for workload in self.workloads for one in workload]
+        weights = {one.tenant: self.workload.weights().get(one.tenant, 1.0) for one in requests}
+        if settings.admission == FIRST_COME or len(weights) < 2:
+            return None
+        limits = ReplicaLimits(
+            num_pool_tokens=(num_blocks - 1) * settings.block_size, max_num_seqs=settings.max_num_seqs,
+            max_tokens=max(one.output_tokens for one in requests), max_service_per_s=0.0, max_decode_tokens_per_s=0.0,
+        )  # fmt: skip
+        bound = fairness_bound(
+            [limits], max_input_tokens=max(len(one.prompt_token_ids) for one in requests), interval_s=0.0, round_trip_s=0.0,
+            num_granted_tokens=AdmissionSettings().bypass_service / ServiceUnit().output_weight,
+            victims=VictimRule.LAST_COME if settings.policy == STOCK else VictimRule.MOST_SERVED,
+        )  # fmt: skip
+        return bound.pair(*sorted(weights.values())[:2])
 
     def identity(self) -> list[Any]:
         """What makes two plans the same: what is measured, request by request."""

@@ -19,8 +19,9 @@ from cluster.bootstrap import has_nvidia_gpu
 from cluster.config import DEFAULT_MODEL, GPU_ENVIRONMENT, default_home
 from cluster.prompts import RequestSpec
 from cluster.workload import Workload
-from cost_service.calibration import MeasuredPreemption, write_calibration
+from cost_service.calibration import MeasuredPreemption, preemption_figures, write_calibration
 from cost_service.learner import CostLearner
+from cost_service.result_file import write_json
 from cost_service.samples import Sample, StepSample
 from cost_service.snapshot import CostSnapshot
 from replicas.preemption_meter import Measurement
@@ -55,12 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=13, help="rounds of requests (default: 13, about five minutes)")
     parser.add_argument("--requests", type=int, default=48, help="requests of a round (default: 48)")
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of the engine (default: 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, and how well, to FILE")
 
 
 def main(options: argparse.Namespace) -> int:
     """Calibrate; 0, or 2 with one sentence when an option is wrong."""
     try:
-        calibrate(options)
+        report = calibrate(options)
+        if options.json is not None:
+            write_json(report, options.json)
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -68,8 +72,8 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def calibrate(options: argparse.Namespace) -> None:
-    """Run all rounds and write the folder.
+def calibrate(options: argparse.Namespace) -> dict[str, Any]:
+    """Run all rounds and write the folder; return what is in it, and how well preemptions were predicted.
 
     Raises:
         ValueError: An option is wrong.
@@ -93,6 +97,11 @@ def calibrate(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True)
     shutil.copy(folder / "config.json", options.output / "config.json")
     write_calibration(options.output, *measured)
+    costs, samples, steps, preemptions = measured
+    return {
+        "model": costs.model, "hardware": costs.hardware, "block_size": costs.block_size, "rounds": options.rounds,
+        "samples": len(samples), "steps": len(steps), "figures": preemption_figures(preemptions),
+    }  # fmt: skip
 
 
 def settings_of(folder: Path, rounds: list[tuple[RequestSpec, ...]], options: argparse.Namespace) -> EngineSettings:

@@ -5,11 +5,14 @@ more replicas are taken to be no worse. Seconds carry the uncertainty of the ste
 """
 
 import argparse
+import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.bench_command import until_interrupted
 from cluster.bench_figures import Calibration, Figures, figures
 from cluster.simulate import Arms, Outcome, few_tenants, run
 from cluster.simulated_replica import ReplicaKind
@@ -69,19 +72,19 @@ def fewest(meets: Callable[[int], bool], most: int = MOST_REPLICAS) -> int | Non
     return high
 
 
-def plan(options: argparse.Namespace, arms: Arms) -> dict[str, Any]:
-    """Plan for each arm; return the report's part.
+def plan(options: argparse.Namespace, arms: Arms) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plan for each arm; return the report's part, and whether some arms are missing.
 
     Raises:
         ValueError: The conditions or the price are wrong.
     """
     conditions = parse_conditions(options.plan)
-    if not options.gpu_hour_price >= 0:
-        raise ValueError("--gpu-hour-price must not be negative.")
-    return {
-        "conditions": options.plan, "gpu_hour_price": options.gpu_hour_price,
-        "arms": {name: _planned(options, conditions, kind, arms, name) for name, kind in arms.kinds.items()},
-    }  # fmt: skip
+    if not 0 <= options.gpu_hour_price < math.inf:
+        raise ValueError(f"--gpu-hour-price must be finite and not negative: it is {options.gpu_hour_price}.")
+    planned, partial = until_interrupted({
+        name: functools.partial(_planned, options, conditions, kind, arms, name) for name, kind in arms.kinds.items()
+    })  # fmt: skip
+    return {"conditions": options.plan, "gpu_hour_price": options.gpu_hour_price, "arms": planned}, partial
 
 
 def _planned(

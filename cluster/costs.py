@@ -5,12 +5,12 @@ Costs of each kind of replica, and how well output lengths are predicted (metric
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from cluster.running import ask_actor, connected
+from cost_service.result_file import write_json
 from cost_service.service import ACTOR
 
 COLUMNS = (("model", 28), ("hardware", 12), ("ranks", 6), ("block", 6), ("version", 8), ("errors of", 44))
@@ -43,8 +43,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json is None:
         print(table(kinds) + "\n\n" + lengths_line(lengths))
     else:
-        text = json.dumps({"kinds": kinds, "output_lengths": lengths}, indent=2)
-        print(text) if str(options.json) == "-" else options.json.write_text(text + "\n")
+        write_json({"kinds": kinds, "output_lengths": lengths}, options.json)
     return 0
 
 

@@ -20,6 +20,12 @@ from cluster.report_pictures import of_all, of_tenants, svg
 from cluster.service_curve import service_gaps
 
 FIGURES = (*RATIO_FIGURES, "preemptions", "swaps", "recomputes", "jain_index", "max_service_gap", "unfinished")
+BOUND_FIGURES = ("max_service_gap", "bound", "gap_over_bound")
+"""Of the gap in service, where a bound is stated."""
+
+LEAST_GAP = 100.0
+"""Weighted tokens below which a gap is drawn to a linear scale where there is a bound."""
+
 TITLES = {
     "simulation": "Simulated policies", "served": "Policies compared over HTTP",
     "replicas": "Replicas as one cluster",
@@ -66,6 +72,8 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         report = in_repeats(json.loads(path.read_text()))
+        if is_plan(report):
+            return report
         runs = [repeat for arm in report["arms"].values() for repeat in arm["repeats"]]
         complete = bool(runs) and all("records" in run or "distributions" in run for run in runs)
         complete = complete and "calibration" in report
@@ -77,32 +85,55 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def is_plan(report: Mapping[str, Any]) -> bool:
+    """Whether it is a result of `simulate --plan`, which has replicas and a price instead of runs."""
+    return "plan" in report and bool(report["plan"]["arms"])
+
+
 def in_repeats(report: Mapping[str, Any]) -> dict[str, Any]:
     """A report in the form of `bench`'s: the arms of `simulate` have one run each."""
-    if report.get("benchmark") != "simulation":
+    if report.get("benchmark") != "simulation" or "plan" in report:
         return dict(report)
     return {**report, "arms": {name: {"repeats": [arm]} for name, arm in report["arms"].items()}}
 
 
 def page(report: Mapping[str, Any]) -> str:
     """The page of a result."""
+    if is_plan(report):
+        return _document("Replicas that suffice", [_settings(report), planned(report), *_repeated(report)])
     spreads, tenants = spreads_of(report), tenants_of(report)
     title = TITLES.get(report["benchmark"], "Policies compared with real engines")
     parts = [
-        f"<h1>{title}</h1>",
         _settings(report),
         "<h2>Comparison</h2>", comparison(report),
         "<h2>Weighted turnaround and time to first token</h2>", svg(of_all(spreads), width=10, height=3.6),
         "<h2>By tenant</h2>", by_tenant(report), svg(of_tenants(spreads, tenants), width=10, height=4),
         _note("A tenant's line goes from one request in ten to nine in ten; marks at the half and at 99 of 100."),
         "<h2>Difference in service between tenants that wait</h2>", gaps(report),
-        "<h2>Preemptions</h2>", preemptions(report),
-        "<h2>How to repeat it</h2>", f"<pre>{html.escape(str(report.get('command', 'not recorded')))}</pre>",
+        "<h2>Preemptions</h2>", preemptions(report), *_repeated(report),
     ]  # fmt: skip
+    return _document(title, parts)
+
+
+def _document(title: str, parts: Iterable[str]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-        f"<body>{''.join(parts)}</body></html>\n"
+        f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
     )
+
+
+def _repeated(report: Mapping[str, Any]) -> tuple[str, ...]:
+    command = html.escape(str(report.get("command", "not recorded")))
+    note = "Files stand by their names alone: put their folders before them."
+    return "<h2>How to repeat it</h2>", f"<pre>{command}</pre>", _note(note)
+
+
+def planned(report: Mapping[str, Any]) -> str:
+    """The fewest replicas of every arm for which the conditions hold, and what they reach; none: they never hold."""
+    arms = report["plan"]["arms"]
+    names = list(dict.fromkeys(name for one in arms.values() for name in one))
+    rows = [[name, *(_number(one.get(name)) for one in arms.values())] for name in names]
+    return f"<h2>For {html.escape(report['plan']['conditions'])}</h2>" + _table(["", *arms], rows)
 
 
 def records_of(run: Mapping[str, Any]) -> list[RequestRecord]:
@@ -116,6 +147,12 @@ def comparison(report: Mapping[str, Any]) -> str:
     rows = [
         [name, *(_median([run[name] for run in arm["repeats"]]) for arm in arms.values())] for name in FIGURES
     ]  # fmt: skip
+    if any(bound_of(arm) is not None for arm in arms.values()):
+        told = {name: [run.get("fairness") or {} for run in arm["repeats"]] for name, arm in arms.items()}
+        rows += [
+            [f"fairness: {name}", *(_median([one.get(name) for one in told[arm]]) for arm in arms)]
+            for name in BOUND_FIGURES
+        ]  # fmt: skip
     medians = _table(["median of repeats", *arms], rows)
     ratios = [
         [f"{name}, {policy} / stock", *(_number(ratio[key]) for key in ("median", "low", "high"))]
@@ -124,6 +161,12 @@ def comparison(report: Mapping[str, Any]) -> str:
     ]
     interval = html.escape(str(report.get("interval", "")))
     return medians + (_table(["ratio", "median", "from", "to"], ratios) + _note(interval) if ratios else "")
+
+
+def bound_of(arm: Mapping[str, Any]) -> float | None:
+    """The stated bound on the gap in the first repeat of an arm; None where none is stated."""
+    bound: float | None = (arm["repeats"][0].get("fairness") or {}).get("bound")
+    return bound
 
 
 def spreads_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -175,12 +218,17 @@ def gaps(report: Mapping[str, Any]) -> str:
             curve = first["service_gaps"] if "service_gaps" in first else service_gaps(records_of(first))
             axes.step([at_s for at_s, _ in curve], [gap for _, gap in curve], where="post", label=name)
         for name, arm in report["arms"].items():
-            if (bound := arm["repeats"][0].get("fairness_bound")) is not None:
+            if (bound := bound_of(arm)) is not None:
                 axes.axhline(bound, linestyle="--", color="0.4", label=f"bound, {name}")
+                axes.set_yscale("symlog", linthresh=LEAST_GAP)  # a bound may be a hundred times the gap
         axes.set(xlabel="seconds", ylabel="weighted tokens")
         axes.legend()
 
-    return svg(draw, width=10, height=3.2)
+    stated = any(bound_of(arm) is not None for arm in report["arms"].values())
+    note = (
+        "The line is drawn from the requests' times; the bound, dashed, is stated for what engines count at every step."
+    )
+    return svg(draw, width=10, height=3.2) + (_note(note) if stated else "")
 
 
 def preemptions(report: Mapping[str, Any]) -> str:
@@ -203,10 +251,11 @@ def preemptions(report: Mapping[str, Any]) -> str:
 def _settings(report: Mapping[str, Any]) -> str:
     facts = {**report.get("settings", {}), **report.get("machine", {})}
     facts |= {name: report[name] for name in ("requests", "num_kv_blocks", "demand_kv_blocks") if name in report}
-    said = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, dict | list))
+    said = ", ".join(f"{key} {value}" for key, value in facts.items() if not isinstance(value, dict | list | None))
     simulated = report["benchmark"] == "simulation"
     note = f"All figures on this page are SIMULATED, {report.get('simulated', 'nothing here was measured')}."
-    return (_note(html.escape(note)) if simulated else "") + _note(html.escape(said))
+    partial = "It was interrupted: what was not done by then is missing." if report.get("partial") else ""
+    return (_note(html.escape(note)) if simulated else "") + _note(partial) + _note(html.escape(said))
 
 
 def _table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from cluster import keys, models
 from cluster.config import AppArgs, ServeFile, load
 from cluster.stores import check_store
+from cost_service.result_file import write_json
 from replicas.features import refused_feature
 from replicas.host_memory import available_memory_bytes
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on, instead of the config's")
     parser.add_argument("--port", type=int, help="port to listen on, instead of the config's")
     parser.add_argument("--dashboard-port", type=int, default=8265, help="port of the Ray dashboard (default: 8265)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write how to reach it to FILE, once it is ready")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -50,6 +52,8 @@ def main(options: argparse.Namespace) -> int:
 
     try:
         file = configure(options)
+        if options.json is not None:
+            options.json.unlink(missing_ok=True)  # of an earlier start: whoever waits for it must not find that one
         check_ports(file.host, file.port, options.dashboard_port)
         check_store(file.args.state)
         folder = models.prepare(file.args.model.source, file.args.state.path, say)
@@ -61,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:  # RuntimeError: `~name` of an unknown user
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    return run(file, options.dashboard_port, say, stop)
+    return run(file, options.dashboard_port, say, stop, options.json)
 
 
 def configure(options: argparse.Namespace) -> ServeFile:
@@ -137,8 +141,14 @@ def check_model(args: AppArgs, folder: Path | None) -> None:
         )
 
 
-def run(file: ServeFile, dashboard_port: int, say: Callable[[str], None], stop: threading.Event) -> int:
-    """Start Ray and the application, wait for the end, and end both."""
+def run(
+    file: ServeFile, dashboard_port: int, say: Callable[[str], None], stop: threading.Event, target: Path | None = None
+) -> int:  # fmt: skip
+    """Start Ray and the application, wait for the end, and end both.
+
+    Args:
+        target: File to say in how to reach it, once it is ready.
+    """
     prepare_environment()
     import ray
     from ray import serve
@@ -162,10 +172,13 @@ def run(file: ServeFile, dashboard_port: int, say: Callable[[str], None], stop: 
         from cluster.app import build
 
         say(f"Deploying {file.args.replicas.first_replicas} replicas of {file.args.model.id} ...")
-        target = serve.RunTarget(build(file.args.model_dump()), name=file.name, route_prefix=file.route_prefix)
-        serve.run_many([target], wait_for_applications_running=False)
+        application = serve.RunTarget(build(file.args.model_dump()), name=file.name, route_prefix=file.route_prefix)
+        serve.run_many([application], wait_for_applications_running=False)
         if wait_until_running(file.name, say, stop):
-            print_endpoint(file, f"http://{context.dashboard_url}", say)
+            dashboard = f"http://{context.dashboard_url}"
+            if target is not None:
+                write_json(endpoint(file, dashboard), target)
+            print_endpoint(file, dashboard, say)
             while not stop.wait(1.0):
                 pass
         say("Stopping ...")
@@ -232,6 +245,15 @@ def first_line(status: Any) -> str:
     lines = [line.strip() for line in str(status.message).splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     return (errors or lines or ["see the Serve logs"])[-1]
+
+
+def endpoint(file: ServeFile, dashboard: str) -> dict[str, Any]:
+    """What a script needs to use it: no key, but the file that the bootstrap key is in."""
+    return {
+        "url": f"http://{file.host}:{file.port}/v1", "dashboard": dashboard, "model": file.args.model.id,
+        "replicas": file.args.replicas.first_replicas, "pid": os.getpid(),
+        "api_key_file": str(keys.bootstrap_key_path(file.args.state.path)),
+    }  # fmt: skip
 
 
 def print_endpoint(file: ServeFile, dashboard: str, say: Callable[[str], None]) -> None:

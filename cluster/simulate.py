@@ -6,21 +6,22 @@ with vLLM's own preemption. The result holds no wall-clock time: the same comman
 """
 
 import argparse
-import json
+import functools
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster import figures_plot
-from cluster.bench_arm import OFFLOAD, STOCK
-from cluster.bench_command import command_line, said
+from cluster.bench_arm import STOCK
+from cluster.bench_command import command_line, said, status_of, tell, terminated_like_interrupted, until_interrupted
 from cluster.bench_figures import RATIO_FIGURES, Calibration, figures
 from cluster.distributions import distributions
 from cluster.fairness_watch import FairnessFigures
+from cluster.pool_fraction import check_pool_fraction, pool_blocks
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
 from cluster.routing import LeastLoaded, Placed, RoundRobin, Router
@@ -28,15 +29,15 @@ from cluster.service_curve import service_gaps
 from cluster.simulated_autoscaling import SimulatedAutoscaler, as_report, check_autoscaling, scaling_lines
 from cluster.simulated_cluster import add_cluster_arguments, cluster_of
 from cluster.simulated_engine import SimulatedEngine
-from cluster.simulated_kind import add_kind_arguments, kind_of, timed
+from cluster.simulated_kind import POLICIES, add_kind_arguments, kind_of, timed
 from cluster.simulated_preemption import SimulatedPreemption
 from cluster.simulated_replica import ADMISSIONS, FIRST_COME, ReplicaBuilder, ReplicaKind, ample
 from cluster.simulation import Simulation
 from cluster.workload import add_workload_arguments, workload_of
-from cluster.workload_summary import describe
+from cluster.workload_summary import Summary
 from cost_service.output_length import OutputLength
+from cost_service.result_file import write_json
 from cost_service.traces import TraceRequest
-from replicas.config import PreemptionPolicy
 from replicas.preemption import Action
 
 DEFAULT = "synthetic:requests=2000,rate=20"
@@ -56,10 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_arguments(parser, DEFAULT)
     add = parser.add_argument
     add("--replicas", type=int, default=8, help="replicas (default: 8)")
-    policies = ", ".join(
-        (STOCK, OFFLOAD, *(one.value for one in PreemptionPolicy if one is not PreemptionPolicy.RANDOM))
-    )
-    add("--policy", default="stock,adaptive", metavar="A,B", help=f"policies to compare, of {policies}")
+    add("--policy", default="stock,adaptive", metavar="A,B", help=f"policies to compare, of {', '.join(POLICIES)}")
     add("--admission", default=FIRST_COME, metavar="A,B", help=f"waiting queues, of {', '.join(ADMISSIONS)}")
     add(
         "--router",
@@ -86,24 +84,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Simulate; 0, 2 for a wrong option or trace, 130 when interrupted."""
+    """Simulate; 0, 2 for a wrong option or trace, 130 when interrupted: whole arms are kept then."""
     return said(lambda: _main(options))
 
 
 def _main(options: argparse.Namespace) -> int:
     if options.describe:
         dropped = Counter[str]()
-        print(describe(workload_of(options, DEFAULT).requests(dropped), dropped))
-        return 0
+        return tell(Summary.of(workload_of(options, DEFAULT).requests(dropped), dropped), options.json)
     if options.plot:
         figures_plot.check_target(options.plot)
-    report = simulate(options)
+        if options.plan is not None:
+            raise ValueError("--plot draws arms, and --plan has none: leave one of them out.")
+    with terminated_like_interrupted():
+        report = simulate(options)
     print(report.pop("table"))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    if options.plot and "arms" in report:
+        write_json(report, options.json)
+    if options.plot:
         figures_plot.draw(report, options.plot)
-    return 0
+    return status_of(report)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,13 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     """
     if options.replicas < 1:
         raise ValueError(f"--replicas must be at least 1: it is {options.replicas}.")
-    policies, admissions, routers = _names(options.policy), _names(options.admission), _routers(options)
+    if options.pool_fraction is not None:
+        check_pool_fraction(options.pool_fraction)
+    policies, admissions = (
+        _names("policy", options.policy, POLICIES),
+        _names("admission", options.admission, ADMISSIONS),
+    )
+    routers = _names("router", options.router, ROUTERS)
     what = timed(options)
     kinds = {policy: kind_of(options, what, policy=policy) for policy in policies}
     check_autoscaling(options, admissions)
@@ -161,7 +167,10 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
     if options.pool_fraction is not None:
         demand = run(options, ample(first), requests, "an unlimited pool").most_blocks
         longest = max(one.prompt_tokens + one.output_tokens for one in requests)
-        num_blocks = 1 + max(math.ceil(options.pool_fraction * demand), -(-longest // options.block_size))
+        num_blocks = pool_blocks(
+            options.pool_fraction, demand, least=1 + -(-longest // options.block_size),
+            ample=ample(first).settings.num_blocks,
+        )  # fmt: skip
     arms = {
         policy if len(admissions) == 1 else f"{admission}/{policy}": replace(
             kind,
@@ -183,21 +192,38 @@ def simulate(options: argparse.Namespace) -> dict[str, Any]:
         "num_kv_blocks": num_blocks,
         "demand_kv_blocks": demand,
         "calibration": asdict(calibration),
+        "settings": settings_of(options, first, num_blocks),
     }
     if options.plan is not None:
         from cluster import capacity
 
-        report["plan"] = capacity.plan(options, Arms(kinds=arms, requests=requests, calibration=calibration))
-        return report | {"table": capacity.table(report["plan"])}
-    report["arms"] = {
-        f"{router}/{name}" if len(routers) > 1 else name: _arm(
-            run(options, kind, requests, name, router), calibration, workload.weights(), cached=len(routers) > 1
-        )
-        for router in routers
-        for name, kind in arms.items()
-    }
+        report["plan"], partial = capacity.plan(options, Arms(kinds=arms, requests=requests, calibration=calibration))
+        return report | partial | {"table": capacity.table(report["plan"])}
+
+    def arm(name: str, kind: ReplicaKind, router: str) -> dict[str, Any]:
+        outcome = run(options, kind, requests, name, router)
+        return _arm(outcome, calibration, workload.weights(), cached=len(routers) > 1)
+
+    report["arms"], partial = until_interrupted({
+        f"{router}/{name}" if len(routers) > 1 else name: functools.partial(arm, name, kind, router)
+        for router in routers for name, kind in arms.items()
+    })  # fmt: skip
+    report |= partial
     report["ratio_to_stock"] = ratios(report["arms"])
     return report | {"table": table(report)}
+
+
+def settings_of(options: argparse.Namespace, kind: ReplicaKind, num_blocks: int) -> dict[str, Any]:
+    """What was simulated, as it stands in a result: of the model only its name."""
+    autoscaled, planned = options.autoscale is not None, options.plan is not None
+    return {
+        "hardware": kind.costs.hardware, "model": kind.costs.model, "router": options.router,
+        "replicas": options.autoscale if autoscaled else None if planned else options.replicas,
+        "pool_fraction": options.pool_fraction, "num_kv_blocks": num_blocks, "block_bytes": kind.block_bytes,
+        "block_size": kind.settings.block_size, "max_num_seqs": kind.settings.max_num_seqs,
+        "max_num_batched_tokens": kind.settings.max_num_batched_tokens, "host_bytes": kind.host_bytes,
+        "known_lengths": options.known_lengths,
+    }  # fmt: skip
 
 
 def ratios(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -228,7 +254,7 @@ def run(
         if len(records) % part == 0:
             print(f"{name}: {len(records)} of {len(requests)} requests", file=sys.stderr, flush=True)
 
-    cluster = cluster_of(options, ROUTERS[router or _routers(options)[0]])
+    cluster = cluster_of(options, ROUTERS[router or options.router.partition(",")[0]])
     scaler = SimulatedAutoscaler(cluster.autoscaling) if cluster.autoscaling is not None else None
     watch = cluster.watch(kind, requests) if kind.is_fair or options.watch_fairness else None
     simulation = cluster.simulation(
@@ -347,15 +373,10 @@ def _cell(value: float | None, width: int) -> str:
     return f"{'-' if value is None else format(value, '.4g'):>{width}}"
 
 
-def _routers(options: argparse.Namespace) -> list[str]:
-    names = _names(options.router)
-    if unknown := [name for name in names if name not in ROUTERS]:
-        raise ValueError(f"--router must be of {', '.join(ROUTERS)}: {unknown[0]!r} is none of them.")
-    return names
-
-
-def _names(text: str) -> list[str]:
+def _names(option: str, text: str, known: Collection[str]) -> list[str]:
     names = text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--{option} has no {unknown[0]!r}: use some of {', '.join(known)}.")
     if len(set(names)) < len(names):
-        raise ValueError(f"{text!r} names one twice: leave it out once.")
+        raise ValueError(f"--{option} names {text!r}, one of them twice: leave it out once.")
     return names

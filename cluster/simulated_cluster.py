@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cluster.bench_command import named_as_options
 from cluster.disturbances import Disturbances
 from cluster.fairness_watch import FairnessWatch, bound_of
 from cluster.records import RequestRecord
@@ -131,6 +132,9 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@named_as_options(
+    "crash_interval_s", "restart_s", "report_delay_s", "report_loss", "scale", interval_s="--sync-interval-s"
+)
 def cluster_of(options: argparse.Namespace, router: Callable[[], Router]) -> SimulatedCluster:
     """The cluster that the options describe, those of `cluster.simulate` among them.
 

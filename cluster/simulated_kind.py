@@ -1,10 +1,14 @@
 """What the replicas of a simulation are, from options: timed by a datasheet, a profile or a calibration."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.bench_arm import OFFLOAD, STOCK
+from cluster.bench_command import named_as_options
 from cluster.bench_model import LLAMA_8B
+from cluster.pool_fraction import HELP
 from cluster.simulated_replica import ReplicaKind
 from cluster.simulated_step import SimulatedSettings
 from cluster.simulated_time import StepTimes
@@ -19,7 +23,11 @@ from cost_service.profiled_step import ProfiledStep
 from cost_service.profiles import load_profiles
 from cost_service.snapshot import CostSnapshot
 from cost_service.step_time import MeasuredModel, StepTime
+from replicas.config import PreemptionPolicy
 from replicas.throttled_link import LinkSettings
+
+POLICIES = (STOCK, OFFLOAD, *(one.value for one in PreemptionPolicy if one is not PreemptionPolicy.RANDOM))
+"""What `--policy` may name: `random` is for calibrations alone."""
 
 MODELS = {"llama-3.1-8b": LLAMA_8B}
 KV_SHARE = 0.9
@@ -53,9 +61,7 @@ def add_kind_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-prefix-caching", action="store_true", help="without vLLM's prefix cache")
     pool = parser.add_mutually_exclusive_group()
     pool.add_argument("--pool-blocks", type=int, help="KV blocks of a replica (default: what the device has room for)")
-    pool.add_argument(
-        "--pool-fraction", type=float, help="of the most blocks that a replica needs with an unlimited pool"
-    )
+    pool.add_argument("--pool-fraction", type=float, help=HELP)
     add("--host-gib", type=float, default=64.0, help="host memory for KV blocks, per replica (default: 64)")
     add(
         "--offload-prompt-only", action="store_true",
@@ -64,6 +70,7 @@ def add_kind_arguments(parser: argparse.ArgumentParser) -> None:
     add("--replicas-per-host", type=int, default=1, help="replicas that share a link to host memory (default: 1)")
 
 
+@named_as_options("block_size")
 def timed(options: argparse.Namespace) -> Timed:
     """What steps and preemptions of the model on the device take.
 
@@ -71,6 +78,8 @@ def timed(options: argparse.Namespace) -> Timed:
         ValueError: The model or the profile cannot be read, or they do not belong together.
     """
     hardware, folder = HARDWARE[options.hardware], options.profile
+    if folder is not None:
+        print(f"Reading {folder} and fitting step times, which may take a minute ...", file=sys.stderr, flush=True)
     if folder is not None and is_calibration(folder):
         costs = learned_snapshot(folder)
         if costs.block_size != options.block_size:
@@ -96,6 +105,11 @@ def timed(options: argparse.Namespace) -> Timed:
 def _profiled(options: argparse.Namespace, folder: Path, hardware: Hardware) -> Timed:
     models = [MeasuredModel.of(profile) for profile in load_profiles(folder)]
     same = [one for one in models if one.profile.hardware == hardware.name]
+    if same and not any(one.attention for one in same):
+        raise ValueError(
+            f"{folder} has no attention.csv of {hardware.name}, and step times need one: name the folder above it, "
+            f"{folder.absolute().parent.name}, where another model's may be, or one with it."
+        )
     wanted = Path(options.model).name.removesuffix(".json").lower()
     for one in same:
         if wanted in one.name.lower() and one.profile.parallelism == 1:
@@ -110,12 +124,17 @@ def _profiled(options: argparse.Namespace, folder: Path, hardware: Hardware) -> 
     raise ValueError(f"{folder} has no profile of {options.model} on {hardware.name}: it has {known}.")
 
 
+@named_as_options(
+    "block_size", "max_num_seqs", "max_num_batched_tokens", "replicas_per_host", num_blocks="--pool-blocks"
+)
 def kind_of(options: argparse.Namespace, one: Timed, *, policy: str) -> ReplicaKind:
     """The replicas that the options describe.
 
     Raises:
         ValueError: An option is wrong, or the device has no room for the model.
     """
+    if policy not in POLICIES:
+        raise ValueError(f"--policy has no {policy!r}: use some of {', '.join(POLICIES)}.")
     hardware = HARDWARE[options.hardware]
     block_bytes = kv_layout(one.shape, block_size=options.block_size).block_bytes
     if not options.host_gib >= 0:

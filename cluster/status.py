@@ -8,7 +8,6 @@ Rules:
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 from cluster.live_view import LiveView, Look, blocks_for, plain_line, redrawn
 from cluster.running import ask_actor, ask_deployments, ask_replicas, connected, not_running
 from cluster.scaling import scaling_rows, scaling_text
+from cost_service.result_file import write_json
 from cost_service.service import ACTOR as COST_ACTOR
 from cost_service.service_messages import ACTOR as FAIRNESS_ACTOR
 
@@ -66,8 +66,7 @@ def _show(options: argparse.Namespace) -> int:
         if options.json is None:
             print(scaling_text(scaling) + "\n\n" + table(rows) + "\n\n" + fairness_table(fairness), flush=True)
         else:
-            text = json.dumps({"scaling": scaling, "replicas": rows, "fairness": fairness}, indent=2)
-            print(text) if str(options.json) == "-" else options.json.write_text(text + "\n")
+            write_json({"scaling": scaling, "replicas": rows, "fairness": fairness}, options.json)
         if not options.watch:
             return 0
         before = now

@@ -130,7 +130,10 @@ class Stream:
             if not 1 <= least <= longest:
                 raise ValueError(f"Workload key {name}_min must be between 1 and {name}_max ({longest}).")
             if self.lengths == "lognormal" and not least <= mean <= longest:
-                raise ValueError(f"Workload key {name}_mean must be between {least} and {name}_max ({longest}).")
+                mend = f"raise {name}_max as well" if mean > longest else f"raise it, or lower {name}_min"
+                raise ValueError(
+                    f"Workload key {name}_mean must be between {least} and {name}_max ({longest}): {mend}."
+                )
         if not 0 <= self.prefixes <= 1_000_000:
             raise ValueError("Workload key prefixes must be from 0 up to 1000000.")
         if self.prefixes and not 1 <= self.prefix_tokens <= MAX_TOKENS - self.prompt_max:

@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Do it; 0, or 2 with one sentence when it cannot be done."""
     try:
-        _check_folder(options.json)  # a key that was made and could not be shown would be lost
         state = load(options.config).args.state
         check_store(state)
         registry = TenantRegistry(open_store(state), keys.load(state.path).to_mapping())
@@ -70,11 +69,6 @@ def main(options: argparse.Namespace) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _check_folder(path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {path.parent}: make it, or give another file.")
 
 
 def _add(registry: TenantRegistry, options: argparse.Namespace) -> tuple[str, Any]:

@@ -34,6 +34,7 @@ from cost_service.model_shape import ModelShape, read_config
 from cost_service.output_length import OutputLength
 from cost_service.profiled_step import ProfiledStep
 from cost_service.profiles import load_profiles
+from cost_service.result_file import write_json
 from cost_service.step_time import MeasuredModel, StepTime
 from cost_service.traces import TraceRequest
 
@@ -64,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
         report = _report(options)
         print(table(report))
         if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(report, options.json)
         return 0
 
     return said(compare)

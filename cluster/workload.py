@@ -25,7 +25,7 @@ from cluster.workload_changes import (
     within_context,
     within_window,
 )
-from cost_service.traces import SOURCES, WITHOUT_TENANTS, TraceRequest, read_trace
+from cost_service.traces import SOURCES, WITHOUT_TENANTS, BadLineError, TraceRequest, read_trace
 
 STOP, DROP = "stop", "drop"
 FLOOD = Stream(tenant="flood", cv=1.0)
@@ -155,7 +155,7 @@ class Workload:
     def _scaled_in_length(self, dropped: Counter[str] | None) -> Iterator[TraceRequest]:
         """The source with all changes but those of time and number."""
         synthetic = self._synthetic()
-        requests = synthetic.requests(self.seed) if synthetic else read_trace(self.trace, dropped)
+        requests = synthetic.requests(self.seed) if synthetic else _with_choice(read_trace(self.trace, dropped))
         if bounds_s := self._bounds_s():
             requests = within_window(requests, *bounds_s)
         requests = islice(requests, self.first)
@@ -196,6 +196,14 @@ class Workload:
 
     def _synthetic(self) -> Synthetic | None:
         return Synthetic.parse(self.trace) if self.trace.startswith(SCHEME) else None
+
+
+def _with_choice(requests: Iterator[TraceRequest]) -> Iterator[TraceRequest]:
+    """The requests of a trace; what is wrong with a line says how such lines are left out."""
+    try:
+        yield from requests
+    except BadLineError as error:
+        raise ValueError(f"{error} Or leave such lines out: --bad-requests {DROP}.") from None
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser, default: str) -> None:

@@ -24,6 +24,7 @@ from cost_service.hardware import UNCERTAINTY, Datasheet, Hardware, known_hardwa
 from cost_service.kv_memory import kv_token_bytes
 from cost_service.model_shape import ModelShape, read_config
 from cost_service.profiles import load_profiles
+from cost_service.result_file import check_json_file, write_json
 from cost_service.step_time import MeasuredModel, StepTime
 from cost_service.traces import SOURCES, load_trace
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument(
             "--model-config", type=Path, metavar="FILE", help="config.json of the model, if not in DIR"
         )
-        command.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the result there; - for standard output")
     fit.add_argument(
         "--datasheet", metavar="name=X,flops=N,bytes=N,host=N",
         help="instead of a profile: the GPU's peaks per second (dense bf16, device memory, one way to host memory), or its "
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="fit on these profiles of the same GPU and judge all of --profile; may be given several times",
     )  # fmt: skip
     judge.add_argument(
-        "--holdout", metavar="EXPR", help="rows to hold out, such as 'context > 4096' or 'rank(tokens) % 3 == 1'"
+        "--holdout", metavar="EXPR", help="rows to hold out, such as 'context > 4096' or 'rank(tokens) %% 3 == 1'"
     )
     judge.add_argument(
         "--trace", action="append", default=[], metavar="SOURCE:PATH",
@@ -74,10 +75,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        check_json_file(options.json)
         result = run_fit(options) if options.command == "fit" else run_evaluate(options)
-        write(result, options.json)
-    except (ValueError, OSError) as error:
+        if options.json is not None:
+            write_json(result, options.json)
+    except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
         return 2
     return 0
 
@@ -86,6 +92,8 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Judge; print tables; return the report."""
     if options.profile is None and not options.trace:
         raise ValueError("There is nothing to judge: give --profile or --trace.")
+    if options.plot is not None and not options.plot.absolute().parent.is_dir():
+        raise ValueError(f"--plot {options.plot} must be a file in a folder that exists.")
     report: dict[str, Any] = {}
     if options.profile is not None and is_calibration(options.profile):
         report["figures"] = preemption_figures(read_preemptions(options.profile))
@@ -219,14 +227,6 @@ def lengths_table(reports: dict[str, dict[str, Any]]) -> str:
         row = "".join(cell.rjust(width) for cell, width in zip(cells, LENGTHS_WIDTHS, strict=True))
         lines.append(f"{source[-50:]:<52}{row}")
     return "\n".join(lines)
-
-
-def write(result: dict[str, Any], target: str | None) -> None:
-    """Write a result as JSON to a file, or to standard output for `-`."""
-    if target == "-":
-        print(json.dumps(result, indent=1))
-    elif target is not None:
-        Path(target).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,10 @@ def _records(path: Path, layout: _Layout) -> Iterator[tuple[int, object]]:
                 yield from enumerate(map(_json, file), start=1)
                 return
             reader = csv.DictReader(file)
-            _check_columns(path, 1, dict.fromkeys(reader.fieldnames or (), ""), layout)
+            try:
+                _check_columns(path, 1, dict.fromkeys(reader.fieldnames or (), ""), layout)
+            except BadLineError as error:  # without a head there are no lines, right or wrong
+                raise ValueError(str(error)) from None
             for record in reader:
                 yield reader.line_num, record
     except (UnicodeDecodeError, csv.Error) as error:

@@ -72,7 +72,6 @@ WITHOUT_GPU = pytest.mark.skipif(has_nvidia_gpu(), reason="there is a GPU: this 
         (["--max-tokens", "1"], "--max-tokens must be at least 2"),
         (["--describe", "--window", "900:901"], "No request is left of the --trace"),
         (["--off-pressure", "--max-num-seqs", "8"], "--off-pressure sets --max-num-seqs itself"),
-        (["--json", "/nowhere/at/all.json"], "--json must name a file in a folder that exists"),
         (["--model", "/nowhere/at/all"], "has no config.json"),
         (["--model", "owner/name"], "--model must be a folder"),
     ],
@@ -102,6 +101,18 @@ def test_arms_are_all_pairs_of_admission_and_policy_and_vllms_own_is_the_one_to_
     assert both.stock_arm == "first-come/stock"
     assert bench.plan_of(options("--policy", "stock,swap"), tmp_path / "b").stock_arm == "stock"
     assert bench.plan_of(options("--policy", "stock", "--admission", "fair"), tmp_path / "c").stock_arm is None
+
+
+def test_a_bound_is_stated_for_fair_arms_of_several_tenants(tmp_path: Path) -> None:
+    """Two tenants of weight 1 in 31 blocks of 32 tokens; 4096 may be granted ahead: 2 (2 (31 * 32) + 4096)."""
+    lengths = "spread=0,prompt_mean=40,output_mean=30"
+    arguments = ["--policy", "stock,swap", "--admission", "first-come,fair", "--trace"]
+    plan = bench.plan_of(options(*arguments, f"synthetic:requests=9,tenants=2,{lengths}"), tmp_path / "a")
+    assert plan.pair_bound("first-come/swap", 32) is None
+    assert plan.pair_bound("fair/swap", 32) == 2 * (2 * 31 * 32 + 4096)
+    assert plan.pair_bound("fair/stock", 32) == 2 * (2 * 32 * 30 + 4096)  # victims are the last who came, of 32 running
+    one = bench.plan_of(options(*arguments, f"synthetic:requests=9,tenants=1,{lengths}"), tmp_path / "b")
+    assert one.pair_bound("fair/swap", 32) is None
 
 
 def test_repeats_have_the_same_requests_unless_the_seed_shall_vary(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def run(**more: Any) -> dict[str, Any]:
 
 def result(**more: Any) -> dict[str, Any]:
     costs = {"swap": {"measured": 3.0, "predicted_s": 2.0, "measured_s": 4.0}}
-    arms = {"stock": {"repeats": [run()]}, "adaptive": {"repeats": [run(preemption_costs=costs, fairness_bound=900.0)]}}
+    arms = {"stock": {"repeats": [run()]}, "adaptive": {"repeats": [run(preemption_costs=costs)]}}
     ratio = {"median": 1.07, "low": 1.01, "high": 1.2}
     return {
         "benchmark": "preemption", "settings": {"repeats": 1}, "machine": {"cores": 2}, "calibration": CALIBRATION,
@@ -88,6 +88,21 @@ def test_a_page_of_a_simulation_says_so_and_shows_all_that_a_benchmarks_does(tmp
     assert "<td>t1</td>" in text
     assert "Simulated" in (tmp_path / "plot.svg").read_text()
     assert "records" not in json.loads(simulated.read_text())["arms"]["swap"]
+
+
+def test_a_page_of_fair_admission_holds_the_gap_against_the_bound(tmp_path: Path) -> None:
+    path = tmp_path / "fair.json"
+    arguments = ["simulate", "--trace", "synthetic:requests=200,rate=inf,tenants=2", "--replicas", "1"]
+    arguments += ["--pool-fraction", "0.4", "--admission", "first-come,fair", "--policy", "adaptive"]
+    assert main([*arguments, "--json", str(path)]) == 0
+    text = page(read_result(path))
+    seen = json.loads(path.read_text())["arms"]["fair/adaptive"]["fairness"]
+    for name in ("max_service_gap", "bound", "gap_over_bound"):
+        assert f"<td>fairness: {name}</td><td>-</td><td>{seen[name]:.4g}</td>" in text
+    assert seen["bound"] > 0
+    assert "<!-- bound, fair/adaptive -->" in text  # matplotlib's comment on the text of a legend
+    assert "<!-- bound, first-come/adaptive -->" not in text
+    assert "fairness: bound" not in page(result())
 
 
 def test_a_page_of_running_clusters_says_so() -> None:

@@ -151,7 +151,7 @@ def test_a_result_in_a_file_is_its_owners_alone(tenants: Command, tmp_path: Path
         (["limit", "acme", "--max-queued-tokens", "0"], "max_queued_tokens must be a whole number"),
         (["add", "acme", "--another-key", "--weight", "2"], "--another-key changes nothing else"),
         (["revoke", "acme", "--key", "12345678"], "Tenant acme has no key 12345678"),
-        (["add", "new", "--json", "/nowhere/at/all"], "there is no folder"),
+        (["add", "new", "--json", "/nowhere/at/all"], "must be a file in a folder that exists"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(tenants: Command, arguments: list[str], sentence: str) -> None:

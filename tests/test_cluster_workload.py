@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.workload import Workload, add_workload_arguments, workload_of
-from cluster.workload_summary import describe
+from cluster.workload_summary import Summary
 from tests.shared_data import needs_data
 
 HEAD = "arrival_s,tenant,prompt_tokens,output_tokens\n"
@@ -193,7 +193,7 @@ PUBLIC = (
 @pytest.mark.parametrize("source", PUBLIC)
 def test_a_public_trace_is_described(source: str, data: Path) -> None:
     name, _, path = source.partition(":")
-    text = describe(Workload(trace=f"{name}:{data / path}", flood="rate=1").requests())
+    text = Summary.of(Workload(trace=f"{name}:{data / path}", flood="rate=1").requests()).text()
     assert "requests/s" in text
     assert ("Shared prefixes" in text) is (name == "mooncake")
 

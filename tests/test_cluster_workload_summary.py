@@ -1,11 +1,17 @@
 """Goal: a description says of a workload what can be counted in it by hand."""
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.workload_summary import BINS, describe, gini
+from cluster.workload_summary import BINS, Summary, gini
 from cost_service.traces import TraceRequest
+
+
+def describe(requests: Sequence[TraceRequest], dropped: Mapping[str, int] | None = None) -> str:
+    return Summary.of(requests, dropped).text()
 
 
 def request(
@@ -18,9 +24,24 @@ def request(
 
 def test_rates_and_lengths_are_those_of_the_requests() -> None:
     text = describe([request(at_s, prompt=length, output=1) for at_s, length in enumerate(range(10, 31))])
-    assert "21 requests in 20.0 s: 1 requests/s, 21 prompt tokens/s, 1.05 output tokens/s" in text
+    assert "21 requests in 20.0 s: 1 requests/s, 20 prompt tokens/s, 1 output tokens/s" in text
     assert "standard deviation / mean 0.00" in text
     assert "prompt tokens         20.0       20       28       30       30" in text
+
+
+def test_figures_are_those_of_the_text() -> None:
+    """20 gaps of a second: rates are those of 20 requests, and lengths those of all 21."""
+    figures = Summary.of(
+        [request(n, prompt=length, output=1) for n, length in enumerate(range(10, 31))], {"order": 2}
+    ).figures()
+    assert (figures["requests"], figures["span_s"]) == (21, 20.0)
+    rates = [figures[f"{name}_per_s"] for name in ("requests", "prompt_tokens", "output_tokens")]
+    assert rates == pytest.approx([1, 20, 1])
+    assert figures["prompt_tokens"] == pytest.approx({"mean": 20, "max": 30, "p50": 20, "p90": 28, "p99": 29.8})
+    assert figures["tenants"] == {"a": {"requests": 21, "tokens": 441}}
+    assert figures["dropped_requests"] == {"order": 2}
+    at_once = Summary.of([request(5.0), request(5.0)]).figures()
+    assert (at_once["span_s"], at_once["requests_per_s"], at_once["shared_prompt_tokens"]) == (0.0, None, None)
 
 
 def test_tenants_are_ranked_by_their_tokens() -> None:

@@ -130,7 +130,8 @@ def test_the_command_measures_preemptions_of_a_real_engine(tiny_model: Path, tmp
     write_weights(tiny_model)
     output = tmp_path / "calibration"
     command = [sys.executable, "-m", "cluster", "calibrate", "--model", str(tiny_model), "--output", str(output)]
-    options = ["--rounds", "3", "--requests", "24"]
+    told = tmp_path / "told.json"
+    options = ["--rounds", "3", "--requests", "24", "--json", str(told)]
     answer = subprocess.run(
         [*command, *options], capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
@@ -144,7 +145,7 @@ def test_the_command_measures_preemptions_of_a_real_engine(tiny_model: Path, tmp
     assert learned.version == 1
     assert learned.model == tiny_model.name
     # Who gives way how is chance here: some rounds have one action only.
-    assert preemption_figures(preemptions)
+    assert json.loads(told.read_text())["figures"] == preemption_figures(preemptions) != {}
     assert 0.0 < judged_steps(output).figures()["median_error"] < 1.0
     again = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 2

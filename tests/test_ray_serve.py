@@ -33,11 +33,27 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
 
+@pytest.fixture(name="told_file", scope="module")
+def _told_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("serve") / "serve.json"
+    path.write_text("of an earlier start")
+    return path
+
+
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
+def running(told_file: Path) -> Iterator[Running]:
     """The service, started where another Ray cluster is said to be at hand: it must not matter."""
-    with serving({"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}) as service:
+    with serving({"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}, "--json", str(told_file)) as service:
         yield service
+
+
+def test_a_script_reads_how_to_reach_it_and_no_key(running: Running, told_file: Path) -> None:
+    told = json.loads(told_file.read_text())
+    assert told["url"] == running.url + "/v1"
+    assert told["dashboard"] == running.dashboard
+    assert (told["model"], told["replicas"], told["pid"]) == (MODEL, 2, running.process.pid)
+    assert Path(told["api_key_file"]).read_text().strip() == running.key
+    assert running.key not in told_file.read_text()
 
 
 def full_status() -> dict[str, Any]:
