@@ -42,7 +42,7 @@ OFF_PRESSURE = {
 }
 
 
-ARMS = {"policy": "stock,swap", "admission": FIRST_COME}
+ARMS = {"policy": "stock,swap,adaptive", "admission": FIRST_COME}
 """Arms where none are named."""
 
 ENGINE_OPTIONS = (

@@ -115,6 +115,10 @@ def test_a_bound_is_stated_for_fair_arms_of_several_tenants(tmp_path: Path) -> N
     assert one.pair_bound("fair/swap", 32) is None
 
 
+def test_where_no_arms_are_named_the_products_own_is_among_them(tmp_path: Path) -> None:
+    assert list(bench.plan_of(options(), tmp_path).arms) == ["stock", "swap", "adaptive"]
+
+
 def test_repeats_have_the_same_requests_unless_the_seed_shall_vary(tmp_path: Path) -> None:
     same = bench.plan_of(options("--repeats", "3"), tmp_path / "a").workloads
     other = bench.plan_of(options("--repeats", "3", "--vary-seed"), tmp_path / "b").workloads

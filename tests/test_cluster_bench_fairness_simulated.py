@@ -5,7 +5,9 @@ Method: some of them in a small part of their time here; all of them, at length,
 
 import argparse
 import json
+import sys
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from cluster import bench_fairness_simulated as bench
 from cluster.__main__ import main
 from cluster.experiments import EXPERIMENTS
 from cluster.fairness_experiments import FAIRNESS_EXPERIMENTS, in_time
+from tests.interrupting import Interrupting
 
 COMMAND = ["bench-fairness-simulated", "--jobs", "1", "--time-scale", "0.01", "--only", "two ingresses, 4"]
 
@@ -56,6 +59,23 @@ def test_the_command_prints_and_writes_the_same_every_time(tmp_path: Path, capsy
     out = capsys.readouterr().out
     assert "SIMULATED" in out
     assert "Not as expected: two ingresses, 4 : 1, first-come." in out
+
+
+def test_ctrl_c_keeps_the_experiments_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes when the first of two is told; the only worker works on the second one."""
+    path = tmp_path / "a"
+    before = set(active_children())
+    monkeypatch.setattr(sys, "stderr", Interrupting("first-come"))
+    assert main([*COMMAND, "--only", "pinned to 2 of 4", "--json", str(path)]) == 130
+    report = json.loads(path.read_text())
+    assert (report["partial"], report["partial_done"], report["partial_of"]) == (True, 1, 2)
+    (name,) = report["experiments"]
+    assert name in capsys.readouterr().out
+    for worker in set(active_children()) - before:
+        worker.join(30)
+    assert set(active_children()) <= before
 
 
 @pytest.mark.parametrize(

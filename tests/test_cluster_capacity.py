@@ -54,6 +54,11 @@ def test_the_command_plans_for_every_policy(tmp_path: Path, capsys: pytest.Captu
         assert one["replicas"] > 1
         assert one["ttft_s_p99"] < 1.0
         assert one["price_per_million_tokens"] > 0
+    assert main(["report", str(file)]) == 0
+    text = file.with_suffix(".html").read_text()
+    assert "For ttft_p99&lt;1s" in text
+    shown = "".join(f"<td>{one['replicas']}</td>" for one in report["plan"]["arms"].values())
+    assert f"<td>replicas</td>{shown}" in text
     fewer = report["plan"]["arms"]["stock"]["replicas"] - 1
     assert main([*COMMAND, "--replicas", str(fewer), "--json", str(file)]) == 0
     assert json.loads(file.read_text())["arms"]["stock"]["ttft_s_p99"] >= 1.0

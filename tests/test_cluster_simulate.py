@@ -1,6 +1,7 @@
 """Goal: `python -m cluster simulate` as a user calls it: a table, the same bytes every time, and clear refusals."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from cluster.__main__ import main
 from cluster.record_table import RecordTable
 from cluster.records import RequestRecord
+from cluster.report import page, read_result
+from tests.interrupting import Interrupting
 
 
 @pytest.fixture(name="trace")
@@ -79,16 +82,26 @@ def test_routers_are_compared_and_placement_finds_more_in_prefix_caches(tmp_path
     ("arguments", "message"),
     [
         (["--replicas", "0"], "--replicas must be at least 1"),
-        (["--policy", "stock,best"], "policy must be one of"),
-        (["--policy", "stock,stock"], "names one twice"),
+        (["--policy", "stock,best"], "--policy has no 'best': use some of stock, offload, recompute, swap, adaptive."),
+        (["--policy", "random"], "--policy has no 'random'"),
+        (["--policy", "stock,stock"], "--policy names 'stock,stock', one of them twice"),
         (["--policy", "stock,offload", "--admission", "fair"], "offload is vLLM's own"),
         (["--hardware", "cpu", "--pool-blocks", "500", "--policy", "offload"], "offload is vLLM's own"),
-        (["--admission", "fair-ish"], "admission must be one of"),
-        (["--router", "placement,best"], "'best' is none of them"),
+        (["--admission", "fair-ish"], "--admission has no 'fair-ish': use some of first-come, "),
+        (["--router", "placement,best"], "--router has no 'best': use some of least-loaded, "),
         (["--pool-blocks", "40"], "--bad-requests drop"),
-        (["--pool-blocks", "1"], "num_blocks must be at least 2"),
+        (["--pool-blocks", "1"], "--pool-blocks must be at least 2"),
+        (["--block-size", "0"], "--block-size"),
+        (["--max-num-seqs", "0"], "--max-num-seqs of a simulated engine must be at least 1"),
+        (["--max-num-batched-tokens", "9"], "--max-num-batched-tokens must not be below --max-num-seqs"),
+        (["--pool-fraction", "-1"], "--pool-fraction must be between 0 and 1"),
+        (["--pool-fraction", "2"], "--pool-fraction must be between 0 and 1"),
+        (["--plan", "ttft_p99<2s", "--gpu-hour-price", "inf"], "--gpu-hour-price must be finite"),
+        (["--plan", "ttft_p99<2s", "--plot", "a.svg"], "--plan has none"),
+        (["--report-loss", "2"], "--report-loss must be between 0 and 1"),
         (["--host-gib", "-1"], "--host-gib must not be negative"),
-        (["--crash-interval-s", "0"], "crash_interval_s must be above 0"),
+        (["--crash-interval-s", "0"], "--crash-interval-s must be above 0"),
+        (["--restart-s", "-1"], "--restart-s must be above 0"),
         (["--model", "none.json"], "none.json cannot be read"),
     ],
 )
@@ -99,6 +112,51 @@ def test_what_cannot_be_is_refused_in_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("Error: ")
     assert message in error
+
+
+def test_a_share_of_0_is_a_pool_that_is_enough_for_all(trace: str, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    arguments = ["simulate", "--trace", trace, "--replicas", "1", "--policy", "stock", "--pool-fraction", "0"]
+    assert main([*arguments, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["num_kv_blocks"] > report["demand_kv_blocks"] == report["arms"]["stock"]["most_kv_blocks"]
+    assert report["arms"]["stock"]["preemptions"] == 0
+
+
+def test_a_result_says_what_was_simulated(trace: str, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert main(["simulate", "--trace", trace, "--replicas", "2", "--policy", "stock", "--json", str(path)]) == 0
+    settings = json.loads(path.read_text())["settings"]
+    assert (settings["hardware"], settings["model"], settings["replicas"]) == ("H100", "llama-3.1-8b", 2)
+    text = page(read_result(path))
+    assert "hardware H100, model llama-3.1-8b" in text
+    assert "None" not in text
+
+
+def test_what_is_described_is_written_too(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a"
+    assert main(["simulate", "--trace", trace, "--describe", "--json", str(path)]) == 0
+    told = json.loads(path.read_text())["described"]
+    assert (told["requests"], sorted(told["tenants"])) == (150, ["t0", "t1", "t2"])
+    assert capsys.readouterr().out.startswith("150 requests in ")
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan", "ttft_p99<1000s"]])
+def test_ctrl_c_keeps_the_arms_that_are_done(
+    plan: list[str], trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes when the second arm has served a quarter of its requests."""
+    path = tmp_path / "a"
+    stderr = Interrupting("swap")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    arguments = ["simulate", "--trace", trace, "--replicas", "1", "--policy", "stock,swap", *plan]
+    assert main([*arguments, "--json", str(path)]) == 130
+    assert "Interrupted; 1 of 2 were done, and are kept." in stderr.getvalue()
+    report = json.loads(path.read_text())
+    assert report["partial"] is True
+    assert list(report["plan"]["arms"] if plan else report["arms"]) == ["stock"]
+    assert "stock" in capsys.readouterr().out
+    assert "It was interrupted" in page(read_result(path))
 
 
 def test_requests_that_no_replica_can_hold_are_counted(trace: str, tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def test_times_come_from_a_datasheet_a_profile_or_a_calibration(tmp_path: Path, 
     assert main([*SHORT, "--profile", str(profile), "--model", "llama-3.1-8b", "--hardware", "cpu"]) == 2
 
 
+def test_a_profile_without_attention_is_named_and_reading_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = made_up_profile(tmp_path, "llama-3.1-8b")
+    gpu = made.parent.rename(tmp_path / "H100")
+    (gpu / made.name / "meta.yaml").write_text("hardware: H100\n")
+    next(gpu.rglob("attention.csv")).unlink()
+    assert main([*SHORT, "--profile", str(gpu / made.name)]) == 2
+    said, error = capsys.readouterr().err.splitlines()
+    assert said.startswith("Reading ")
+    assert "has no attention.csv of H100" in error
+    assert "name the folder above it, H100," in error
+
+
 def test_another_block_size_than_the_calibrated_one_is_refused(
     calibration: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -275,7 +275,7 @@ def test_keys_beside_an_experiment_hold_for_all_its_streams() -> None:
         ("rate=0,rate_end=0,duration=3", "rate_end needs .* finite rates, one of them above 0"),
         ("rate=inf,duration=3", "rate must be above 0 and finite, or requests"),
         ("lengths=normal", "lengths must be one of lognormal, uniform"),
-        ("prompt_mean=200", "prompt_mean must be between 1 and prompt_max \\(120\\)"),
+        ("prompt_mean=200", "prompt_mean must be between 1 and prompt_max \\(120\\): raise prompt_max as well"),
         ("output_mean=nan", "output_mean must be between 1 and output_max"),
         ("output_min=0", "output_min must be between 1 and output_max \\(140\\)"),
         ("output_min=141", "output_min must be between 1 and"),

@@ -90,7 +90,9 @@ def test_a_trace_without_tenants_has_one_or_as_many_as_are_asked_for(tmp_path: P
 
 def test_bad_requests_stop_the_reading_or_are_left_out_and_counted(tmp_path: Path) -> None:
     source = trace(tmp_path, "0,a,10,20", "1,a,0,5", "2,a,5000,5", "3,a,1,1")
-    with pytest.raises(ValueError, match=r"prompt_tokens in line 3 of .*t\.csv must be above 0"):
+    with pytest.raises(
+        ValueError, match=r"prompt_tokens in line 3 of .*t\.csv must be above 0\. Or leave .*: --bad-requests drop"
+    ):
         list(Workload(trace=source).requests())
     dropped = Counter[str]()
     lenient = Workload(trace=source, bad_requests="drop")
