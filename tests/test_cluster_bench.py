@@ -25,6 +25,7 @@ from cluster.bench_progress import Progress
 from cluster.bench_runs import run_arms
 from cluster.bootstrap import has_nvidia_gpu
 from cluster.records import RequestRecord, RunResult
+from cluster.report import page
 from cluster.workload import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +213,23 @@ def test_of_an_interrupted_benchmark_whole_repeats_are_reported(
     assert report.get("partial_repeats") == (whole if whole < 2 else None)
     assert report.get("partial", False) == (whole < 2)
     assert report["ratio_to_stock"]["swap"]["throughput_tokens_per_s"]["median"] == 1
+
+
+def test_the_gap_of_a_fair_arm_stands_against_the_bound(tmp_path: Path) -> None:
+    arguments = ("--policy", "swap", "--admission", "fair", "--repeats", "1", "--trace", SMALL)
+    plan = bench.plan_of(options(*arguments), tmp_path)
+    progress = Progress(None, plan.identity())
+    calibration = {"ttft_s": 0.1, "ttft_s_per_prompt_token": 0.0, "s_per_output_token": 0.1}
+    alone = {"calibration": calibration, "check": {}, "ample": [asdict(DONE)], "versions": {}}
+    progress.part("alone", lambda: alone)
+    progress.part("repeat 1, swap", lambda: asdict(DONE))
+    report = bench.measure(plan, tmp_path, print, progress)
+    (run,) = report["arms"]["swap"]["repeats"]
+    bound = plan.pair_bound("swap", report["settings"]["num_kv_blocks"])
+    assert bound is not None
+    gap = run["max_service_gap"]
+    assert run["fairness"] == {"max_service_gap": gap, "bound": bound, "gap_over_bound": gap / bound}
+    assert f"<td>fairness: bound</td><td>{bound:.4g}</td>" in page(report)
 
 
 @pytest.mark.engine
