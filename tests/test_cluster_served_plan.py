@@ -91,7 +91,6 @@ KEY = ["--key", "sk-secret"]
         ([*KEY, "--limit-s", "inf"], "--limit-s must be above 0 and finite"),
         ([*KEY, "--trace", "nosuch:x"], "--trace 'nosuch:x' must be SOURCE:PATH"),
         ([*KEY, "--plot", "/nowhere/at/all.png"], "--plot must name a .png or .svg file"),
-        ([*KEY, "--json", "/nowhere/at/all.json"], "--json must name a file in a folder that exists"),
         (["--keys", "/nowhere/at/all"], "/nowhere/at/all cannot be used"),
     ],
 )

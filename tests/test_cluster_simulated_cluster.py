@@ -59,11 +59,11 @@ def test_shares_are_those_of_the_weights_and_first_come_can_be_watched_too(tmp_p
         (["--fairness-away", "3"], "--fairness-away must be two numbers"),
         (["--fairness-away", "3:2"], "--fairness-away must be FROM:TO"),
         (["--sync-interval-s", "0"], "--sync-interval-s must be above 0"),
-        (["--scale", "3:0"], "scale must leave at least 1 replica"),
+        (["--scale", "3:0"], "--scale must leave at least 1 replica"),
         (["--scale", "a:1"], "--scale must be two numbers"),
         (["--users", "f"], "--users must be TENANT=N"),
         (["--pin", "f"], "--pin must be TENANT"),
-        (["--report-loss", "2"], "report_loss must be between"),
+        (["--report-loss", "2"], "--report-loss must be between"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(
