@@ -221,7 +221,9 @@ class SimulatedPreemption:
 
     def _candidate(self, engine: "SimulatedEngine", request: SimulatedRequest) -> Candidate:
         """The request as a candidate for giving way; its numbers are settled."""
-        pool = self.swaps.pool if self.swaps is not None else None
+        num_host_blocks, num_host_slots = 0, 0
+        if self.swaps is not None:
+            num_host_blocks, num_host_slots = self.swaps.pool.room_of(request.tenant, request.request_id)
         num_shared = engine.blocks.num_shared(request.holding)
         num_surviving = max(num_shared, int(self.preemptor.meter.survival * request.num_blocks))
         return Candidate(
@@ -232,8 +234,8 @@ class SimulatedPreemption:
             num_blocks=request.num_blocks,
             num_freed_blocks=request.num_blocks - num_shared,
             num_surviving_tokens=min(num_surviving * engine.settings.block_size, request.num_computed),
-            num_host_blocks=pool.num_retained_blocks(request.request_id) if pool else 0,
-            num_host_slots=pool.num_available_slots(request.tenant, request.request_id) if pool else 0,
+            num_host_blocks=num_host_blocks,
+            num_host_slots=num_host_slots,
             num_remaining_tokens=remaining_tokens(request.stamp, request.num_output, request.max_tokens),
             num_preemptions=request.num_preemptions,
         )

@@ -106,9 +106,18 @@ class HostBlockPool:
         `max(0, num_blocks - num_retained_blocks) <= num_available_slots`.
         """
         num_own = 0 if request_id is None else self.num_retained_blocks(request_id)
-        num_reclaimable = self._num_retained - num_own
+        return self._num_available(tenant, num_own)
+
+    def room_of(self, tenant: str, request_id: str) -> tuple[int, int]:
+        """`num_retained_blocks` and `num_available_slots` of a request, at once: for hundreds of them in a step."""
+        retained = self._retained.get(request_id)
+        num_own = len(retained) if retained is not None else 0
+        return num_own, self._num_available(tenant, num_own)
+
+    def _num_available(self, tenant: str, num_own: int) -> int:
+        num_reclaimable = len(self._free) + self._num_fresh + self._num_retained - num_own
         num_below_cap = self.max_tenant_slots - self._num_saved_of.get(tenant, 0) - num_own
-        return min(self.num_free_slots + num_reclaimable, num_below_cap)
+        return num_reclaimable if num_reclaimable < num_below_cap else num_below_cap
 
     def generations(self, slots: Sequence[int]) -> list[int]:
         """How often each of the slots was handed out."""
