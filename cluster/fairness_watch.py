@@ -95,11 +95,12 @@ class FairnessWatch:
             over: Those who are finished, or whose clients have left.
         """
         before, now = self._running.get(replica, {}), dict.fromkeys(running)
-        given: dict[str, Served] = {}
+        counted, outputs = self._counted, dict[str, int]()
         for request in before:
-            if (num := request.num_output - self._counted[request]) > 0:
-                self._counted[request] += num
-                _add(given, request.tenant, Served(num_output_tokens=num))
+            if (num := request.num_output - counted[request]) > 0:
+                counted[request] += num
+                outputs[request.tenant] = outputs.get(request.tenant, 0) + num
+        given = {tenant: Served(num_output_tokens=num) for tenant, num in outputs.items()}
         changes: Counter[str] = Counter()
         for request in now.keys() - before.keys():
             changes[request.tenant] -= 1
