@@ -4,9 +4,9 @@ Rules:
 - A request counts from its admission to the end of its answer, whoever ends it. It is queued until its first output is seen:
   the first event of a stream; of an answer that comes at once, its end. One body counts once for every prompt and choice
   that it asks for, as engines count.
-- Nobody is asked: each ingress enforces its share of a cap, cap / ingresses rounded up; a tenant whose connections all lead to
-  one ingress has that one's share alone. A request that is larger than the share, but not than the cap, is admitted where
-  nothing of its tenant counts under that cap.
+- Nobody is asked: each ingress enforces its share of a cap, cap / ingresses rounded up; a tenant whose connections all lead
+  to one ingress has that one's share alone. A request that is larger than the share, but not than the cap, is admitted
+  where nothing of its tenant counts under that cap.
 - So an ingress has at most its share of a cap, or one request within the whole cap. All together stay within
   cap + ingresses - 1 while no request is larger than a share, and within cap * ingresses whatever comes. While ingresses are
   replaced, both generations count for themselves: twice that.

@@ -96,9 +96,9 @@ def test_a_model_is_called_by_its_hub_id_or_by_its_folders_name(source: str, nam
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--replicas", "0"], "replicas.num_replicas"),
-        (["--replicas", "-1"], "replicas.num_replicas"),
-        (["--replicas", "1001"], "replicas.num_replicas"),
+        (["--replicas", "0"], "--replicas must be between 1 and 1000"),
+        (["--replicas", "-1"], "--replicas must be between 1 and 1000"),
+        (["--replicas", "1001"], "--replicas must be between 1 and 1000"),
         (["--port", "0"], "--port must be between 1 and 65535"),
         (["--port", "65536"], "--port must be between 1 and 65535"),
         (["--port", "-1"], "--port must be between 1 and 65535"),
@@ -252,7 +252,9 @@ def test_an_unknown_setting_ends_the_command(home: Path, tmp_path: Path) -> None
     document["applications"][0]["args"]["replicas"]["num_replica"] = 1
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump(document))
-    assert "Unknown setting replicas.num_replica: remove it" in complaint(home, "--config", str(path))
+    assert "Unknown setting applications[0].args.replicas.num_replica: did you mean num_replicas?" in complaint(
+        home, "--config", str(path)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Goal: one ingress never has more of a tenant in work than its share of the caps, or one request within the whole cap; what is
-within a cap is never refused for ever, and who is refused learns a useful time.
+"""Goal: one ingress never has more of a tenant in work than its share of the caps, or one request within the whole cap;
+what is within a cap is never refused for ever, and who is refused learns a useful time.
 
 Method: a state machine over admissions, first outputs and endings of several tenants with caps that change, against counts
 kept beside it; a simulated queue of one tenant for the time that is told.
