@@ -16,7 +16,7 @@ class _TwiceError(Exception):
     """A name stands twice in one mapping."""
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictSafeLoader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
@@ -47,7 +47,7 @@ def parse(text: str, place: str, mend: str) -> list[Any]:
         ValueError: It is not YAML, or names something twice; in one sentence with the line.
     """
     try:
-        return [each for each in yaml.load_all(text, Loader=_Loader) if each is not None]
+        return [each for each in yaml.load_all(text, Loader=_StrictSafeLoader) if each is not None]
     except _TwiceError as error:
         raise ValueError(f"{place} names something twice ({error}): remove one.") from None
     except yaml.MarkedYAMLError as error:
