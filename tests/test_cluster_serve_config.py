@@ -239,7 +239,7 @@ def complaint(home: Path, *arguments: str) -> str:
     assert sorted(home.parent.rglob("*")) == before, "a key was made for nothing"
     (line,) = process.stderr.splitlines()
     assert line.startswith("Error: ")
-    assert line.endswith(".")
+    assert line.endswith((".", "?"))
     return line
 
 
@@ -311,4 +311,4 @@ def test_keys_that_others_may_read_end_the_command(home: Path) -> None:
 def test_a_home_that_is_no_folder_ends_the_command(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.touch()
-    assert f"{home} cannot be used: File exists" in complaint(home)
+    assert f"{home} cannot be used (File exists): correct its name" in complaint(home)
