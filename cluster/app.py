@@ -14,7 +14,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster import keys, models
-from cluster.config import GPU_ENVIRONMENT, SCHEDULERS, AppArgs
+from cluster.config import GPU_ENVIRONMENT, INGRESS_NAME, SCHEDULERS, AppArgs
 from cluster.http_app import make_app
 from cluster.ingress import ENDPOINTS, AdaptiveIngress
 from cluster.ray_internals import (
@@ -71,7 +71,7 @@ def build(args: dict[str, Any]) -> Application:
     options = maybe_apply_llm_deployment_config_defaults(
         AdaptiveIngress.get_deployment_options([llm_config]),
         {
-            "name": "AdaptiveIngress",
+            "name": INGRESS_NAME,
             "num_replicas": ingress.num_replicas,
             "max_replicas_per_node": ingress.max_replicas_per_node,
             "max_ongoing_requests": ingress.max_ongoing_requests,

@@ -20,6 +20,7 @@ from cluster.config import load
 from cluster.document import from_record, to_record
 from cluster.keys import write_secret
 from cluster.serve import DEFAULT_CONFIG
+from cluster.settings_errors import of_file
 from cluster.stores import check_store, open_store
 from cost_service import length_service, service
 from cost_service.store import Store
@@ -59,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
             num = restore(open_store(state), options.file, replace=options.replace)
             print(f"{num} documents are stored.")
     except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {of_file(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     return 0
 

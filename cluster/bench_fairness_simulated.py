@@ -92,10 +92,12 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
     if not chosen:
         raise ValueError(f"--only names none of: {', '.join(FAIRNESS_EXPERIMENTS)}.")
     what = timed(options)
-    rate = capacity(_kind(options))
+    kind = _kind(options)
+    rate = capacity(kind)
     experiments: dict[str, Any] = {}
     report: dict[str, Any] = {
         "benchmark": "fairness", "simulated": what.said, "command": command_line(), "capacity_per_s": rate,
+        "full_step_ratio": full_step_ratio(kind),
         "experiments": experiments,
     }  # fmt: skip
     others = set(active_children())
@@ -186,6 +188,14 @@ def capacity(kind: ReplicaKind) -> float:
     return sum(record.delivered_tokens for record in records) / 256.0 / CAPACITY_S
 
 
+def full_step_ratio(kind: ReplicaKind) -> float:
+    """How many times longer a step of decodes takes with memory full of requests of 256 + 256 tokens than with one."""
+    half_done = 256 + 128
+    num_tokens = (kind.settings.num_blocks - 1) * kind.settings.block_size
+    num = max(1, min(kind.settings.max_num_seqs, num_tokens // half_done))
+    return kind.times.step_s(num, num * half_done) / kind.times.step_s(1, half_done)
+
+
 def _loads(experiment: Experiment, capacity_per_s: float) -> list[Any]:
     factor = 1.0 if experiment.absolute else capacity_per_s * experiment.num_replicas
     return [
@@ -215,6 +225,8 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"SIMULATED, {report['simulated']}.",
         f"One replica serves {report['capacity_per_s']:.3g} requests of 256 + 256 tokens a second.",
+        f"Full of them, a step of decodes alone takes {report['full_step_ratio']:.3f} times as long as with one: so much"
+        " later do tokens come beside a flood, whoever goes first.",
         f"{'experiment':<36} {'admission':<11} {'gap':>8} {'/ bound':>8} {'stray':>6}  "
         f"{'tokens/s':>8} {'service':>8}  shares; mean weighted turnaround",
     ]

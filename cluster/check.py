@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.config import ServeFile, from_document
 from cluster.kuberay_manifest import check_ray_service
+from cluster.kubernetes_objects import check_object
 from cluster.ray_up_manifest import check_ray_up
 from cluster.redis_address import RedisAddress, addresses_of, refuse_if_exposed
+from cluster.yaml_text import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +52,12 @@ def check(path: Path, folder: Path) -> str:
         ValueError: One sentence with the mend.
     """
     try:
-        documents = [each for each in yaml.safe_load_all(path.read_text()) if each is not None]
+        text = path.read_text()
     except OSError as error:
         raise ValueError(f"the file cannot be read ({error.strerror}): correct its name or its permissions.") from None
-    except (yaml.YAMLError, ValueError):
-        raise ValueError("the file is not valid YAML: compare it with those in manifests/.") from None
+    except ValueError:
+        raise ValueError("the file is no text: compare it with those in manifests/.") from None
+    documents = parse(text, "the file", "compare it with those in manifests/")
     found = [_check_document(each, folder) for each in documents]
     if not found:
         raise ValueError("the file is empty: give a manifest.")
@@ -76,6 +77,7 @@ def _check_document(document: Any, folder: Path) -> str:
         _check_redis(check_ray_service(document))
         return "a RayService"
     if "kind" in document and "apiVersion" in document:
+        check_object(document)
         return f"a {document['kind']} (not looked into)"
     raise ValueError("the file is no manifest that is known here: it has no applications, provider or kind.")
 

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.redis_address import RedisAddress
 from cluster.replica_settings import ReplicaArgs, Settings
+from cluster.settings_errors import refuse_unknown, sentence
+from cluster.yaml_text import parse
 from cost_service.snapshot import read_fitted
 
 IMPORT_PATH = "cluster.app:build"
+INGRESS_NAME = "AdaptiveIngress"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HOME_VARIABLE = "ADAPTIVELLM_HOME"
 SCHEDULERS = {
@@ -200,8 +202,11 @@ class AppArgs(Settings):
         return self.preemption.connector_settings() | {"admission": self.admission, "service": self.fairness.service}
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> "AppArgs":
+    def from_mapping(cls, mapping: Mapping[str, Any], place: str = "") -> "AppArgs":
         """Build from plain values (YAML).
+
+        Args:
+            place: Where they stand, with a point at the end, as errors name it.
 
         Raises:
             ValueError: One sentence that names the first bad field and the mend.
@@ -209,17 +214,41 @@ class AppArgs(Settings):
         try:
             return cls.model_validate(dict(mapping))
         except ValidationError as error:
-            raise ValueError(_sentence(error)) from None
+            raise ValueError(sentence(error, cls, place)) from None
+
+
+class DeploymentArgs(Settings):
+    """An entry of `applications[0].deployments`: what Serve changes without replacing anything that runs."""
+
+    name: str
+    num_replicas: int = Field(ge=1, le=1000)
 
 
 class ServeFile(Settings):
     """A Serve config file with one application of ours."""
 
     args: AppArgs
+    """With the number of replicas that `deployments` gives, where it does."""
+
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=1, le=65535)
     route_prefix: str = "/"
-    name: str = "adaptivellm"
+    name: str = Field(default="adaptivellm", min_length=1)
+    proxy_location: Literal["Disabled", "HeadOnly", "EveryNode"] = "EveryNode"
+
+    @field_validator("route_prefix")
+    @classmethod
+    def _is_path(cls, prefix: str) -> str:
+        if not prefix.startswith("/") or (prefix != "/" and prefix.endswith("/")) or {"{", "}"} & set(prefix):
+            raise ValueError("it must begin with /, not end with one after a name, and have no braces")
+        return prefix
+
+
+PLACES = {
+    "proxy_location": "", "host": "http_options.", "port": "http_options.", "route_prefix": "applications[0].",
+    "name": "applications[0].",
+}  # fmt: skip
+"""Field of `ServeFile` to where it stands in the file."""
 
 
 def default_home() -> Path:
@@ -236,59 +265,74 @@ def load(path: Path) -> ServeFile:
     return from_document(_read(path), f"Config file {path}")
 
 
-def from_document(document: Any, place: str) -> ServeFile:
+def from_document(document: Any, what: str, place: str = "") -> ServeFile:
     """Read what a Serve config holds, a file's or the one inside a RayService.
 
     Args:
-        place: What it is, as errors name it.
+        what: What it is, as errors name it.
+        place: Where it stands, with a point at the end; "" where it is a file.
 
     Raises:
         ValueError: It is not one application of ours, or has a bad setting.
     """
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
-        raise ValueError(f"{place} must have exactly one entry under applications.")
+        raise ValueError(f"{what} must have exactly one entry under applications.")
     application = applications[0]
+    inside = f"{place}applications[0]."
     if application.get("import_path") != IMPORT_PATH:
-        raise ValueError(f"applications[0].import_path must be {IMPORT_PATH}.")
+        raise ValueError(f"{inside}import_path must be {IMPORT_PATH}.")
     args, http = application.get("args") or {}, document.get("http_options") or {}
-    for name, settings in (("applications[0].args", args), ("http_options", http)):
+    for name, settings in ((f"{inside}args", args), (f"{place}http_options", http)):
         if not isinstance(settings, dict):
             raise ValueError(f"{name} must be a mapping of settings.")
-    for place, settings, known in (
-        ("", document, {"proxy_location", "http_options", "applications"}),
-        ("http_options.", http, {"host", "port"}),
-        ("applications[0].", application, {"name", "route_prefix", "import_path", "args"}),
-    ):
-        if unknown := sorted(str(key) for key in settings if key not in known):
-            mend = "remove it, correct its name, or use `serve deploy`"
-            raise ValueError(f"Unknown setting {place}{unknown[0]}: {mend}.")
-    values: dict[str, Any] = {"args": AppArgs.from_mapping(args)}
-    values |= {key: http[key] for key in ("host", "port") if key in http}
-    values |= {key: application[key] for key in ("name", "route_prefix") if key in application}
+    refuse_unknown(document, {"proxy_location", "http_options", "applications"}, place)
+    refuse_unknown(http, {"host", "port"}, f"{place}http_options.")
+    refuse_unknown(application, {"name", "route_prefix", "import_path", "args", "deployments"}, inside)
+    made = _scaled(AppArgs.from_mapping(args, f"{inside}args."), application.get("deployments"), f"{inside}deployments")
+    values = {**document, **http, **application}
     try:
-        return ServeFile.model_validate(values)
+        return ServeFile.model_validate({"args": made} | {key: values[key] for key in PLACES if key in values})
     except ValidationError as error:
-        raise ValueError(_sentence(error)) from None
+        raise ValueError(sentence(error, ServeFile, place + PLACES[str(error.errors()[0]["loc"][0])])) from None
+
+
+def _scaled(args: AppArgs, deployments: Any, place: str) -> AppArgs:
+    """The settings with the number of replicas that `deployments` gives."""
+    if not isinstance(deployments, list | None):
+        raise ValueError(f"{place} must be a list of names with num_replicas.")
+    replicas = f"AdaptiveLLMServer:{args.model.id.replace('/', '--').replace('.', '_')}"  # as Ray names it
+    for index, deployment in enumerate(deployments or []):
+        here = f"{place}[{index}]."
+        try:
+            given = DeploymentArgs.model_validate(deployment)
+        except ValidationError as error:
+            raise ValueError(sentence(error, DeploymentArgs, here)) from None
+        if given.name == INGRESS_NAME:
+            raise ValueError(
+                f"{here}name is {INGRESS_NAME}, by whose number caps are shared: use args.ingress.num_replicas."
+            )
+        if given.name != replicas:
+            raise ValueError(f"{here}name must be {replicas}: that is the deployment of replicas.")
+        if index:
+            raise ValueError(f"{here}name stands twice: remove one.")
+        if args.replicas.autoscaling is not None:
+            raise ValueError(f"{here}num_replicas has no meaning with args.replicas.autoscaling: remove one.")
+        scaled = args.replicas.model_copy(update={"num_replicas": given.num_replicas})
+        args = args.model_copy(update={"replicas": scaled})
+    return args
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"Config file {path} does not exist: give --config the path of a Serve config file.")
+    mend = "compare it with manifests/serve_local.yaml"
     try:
-        return yaml.safe_load(path.read_text())
+        documents = parse(path.read_text(), f"Config file {path}", mend)
     except OSError as error:
         raise ValueError(f"Config file {path} cannot be read ({error.strerror}): correct its permissions.") from None
-    except (yaml.YAMLError, ValueError):  # ValueError: bytes that are no text, dates that are none
-        raise ValueError(f"Config file {path} is not valid YAML: compare it with manifests/serve_local.yaml.") from None
-
-
-def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    field = " ".join(".".join(str(part) for part in first["loc"]).split())
-    if first["type"] == "extra_forbidden":
-        return f"Unknown setting {field}: remove it or correct its name."
-    if first["type"] == "missing":
-        return f"Setting {field} is missing: add it."
-    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
-    return f"Setting {field}: {message}." if field else f"{message}."
+    except UnicodeDecodeError:
+        raise ValueError(f"Config file {path} is not valid YAML: {mend}.") from None
+    if len(documents) > 1:
+        raise ValueError(f"Config file {path} holds {len(documents)} documents: leave one.")
+    return documents[0] if documents else None

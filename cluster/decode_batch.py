@@ -60,11 +60,11 @@ class DecodeBatch:
 
     def num_needed_blocks(self, num_steps: int = 1, *, after: int = 0) -> int:
         """KV blocks that all need for so many steps, `after` steps from now."""
-        cycles, rest = divmod(num_steps, self._block_size)
-        first = self.num_steps + after
-        return cycles * self.num_requests + sum(
-            self._num_at_phase[-step % self._block_size] for step in range(first, first + rest)
-        )
+        block_size, at_phase, first = self._block_size, self._num_at_phase, self.num_steps + after
+        if num_steps == 1:
+            return at_phase[-first % block_size]
+        cycles, rest = divmod(num_steps, block_size)
+        return cycles * self.num_requests + sum([at_phase[-step % block_size] for step in range(first, first + rest)])
 
     def num_steps_within(self, num_blocks: int, *, after: int = 0) -> int:
         """Steps for which so many blocks are enough, `after` steps from now."""

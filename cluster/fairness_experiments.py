@@ -37,7 +37,7 @@ class Experiment:
     num_replicas: int = 2
     arms: tuple[str, ...] = TWO
     breaks: tuple[str, ...] = ()
-    """Arms that this experiment is meant to show as unfair; fair too, where replicas have long heard of nobody."""
+    """Arms that this experiment is meant to show as unfair."""
 
     pins: Mapping[str, Places] = field(default_factory=dict)
     num_users: Mapping[str, int] = field(default_factory=dict)
@@ -136,7 +136,10 @@ ACROSS = (
     ),
     _pinned("scheduler killed for 2 s, stored", share=ShareSettings(away=(40.0, 42.0))),
     _pinned("the same, nothing stored", share=ShareSettings(away=(40.0, 42.0), store_interval_s=None)),
-    _pinned("scheduler away for 30 s", share=ShareSettings(away=(40.0, 70.0)), breaks=(FAIR,)),
+    _pinned(
+        "scheduler away for 30 s", share=ShareSettings(away=(40.0, 70.0)), arms=THREE, breaks=(FIRST_COME, LOCAL),
+        streams=tuple(replace(stream, duration=150.0) for stream in FLOOD),
+    ),
     _pinned("3 of 10 messages lost, 50 ms late", disturbances=Disturbances(report_loss=0.3, report_delay_s=0.05)),
     Experiment(
         name="replica killed, back in 30 s", streams=FLOOD, num_replicas=4, arms=TWO, breaks=(FIRST_COME,),

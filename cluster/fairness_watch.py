@@ -95,11 +95,12 @@ class FairnessWatch:
             over: Those who are finished, or whose clients have left.
         """
         before, now = self._running.get(replica, {}), dict.fromkeys(running)
-        given: dict[str, Served] = {}
+        counted, outputs = self._counted, dict[str, int]()
         for request in before:
-            if (num := request.num_output - self._counted[request]) > 0:
-                self._counted[request] += num
-                _add(given, request.tenant, Served(num_output_tokens=num))
+            if (num := request.num_output - counted[request]) > 0:
+                counted[request] += num
+                outputs[request.tenant] = outputs.get(request.tenant, 0) + num
+        given = {tenant: Served(num_output_tokens=num) for tenant, num in outputs.items()}
         changes: Counter[str] = Counter()
         for request in now.keys() - before.keys():
             changes[request.tenant] -= 1
@@ -166,7 +167,7 @@ def _add(sums: dict[str, Served], tenant: str, served: Served) -> None:
 
 def bound_of(
     settings: SimulatedSettings, times: StepTimes, *, num_replicas: int, lengths: Collection[tuple[int, int]],
-    interval_s: float, round_trip_s: float, granted_service: float = 0.0,
+    interval_s: float, round_trip_s: float, away_s: float = 0.0, granted_service: float = 0.0,
 ) -> FairnessBound:  # fmt: skip
     """The stated bound of such replicas, with pool tokens as M.
 
@@ -175,6 +176,7 @@ def bound_of(
         lengths: Prompt and output tokens of the requests.
         interval_s: Between two reports of a replica.
         round_trip_s: From a report to its answer.
+        away_s: For how long the scheduler is away.
         granted_service: What a tenant may be ahead by and still pass a request that does not fit.
     """
     shortest = min(prompt for prompt, _ in lengths)
@@ -186,13 +188,14 @@ def bound_of(
     )  # fmt: skip
     return fairness_bound(
         [limits] * num_replicas, max_input_tokens=max(prompt for prompt, _ in lengths), interval_s=interval_s,
-        round_trip_s=round_trip_s, num_granted_tokens=granted_service / UNIT.output_weight,
+        round_trip_s=round_trip_s, away_s=away_s, num_granted_tokens=granted_service / UNIT.output_weight,
     )  # fmt: skip
 
 
 def _most_service_per_s(settings: SimulatedSettings, times: StepTimes, shortest_prompt: int) -> float:
-    """Of the fastest steps: any numbers of decodes and of the shortest prompts, in powers of two."""
-    num_seqs, num_tokens = settings.max_num_seqs, settings.max_num_batched_tokens
+    """Of the fastest steps: any numbers of decodes and of the shortest prompts, in powers of two, that fit memory."""
+    num_fit = (settings.num_blocks - 1) // -(-(shortest_prompt + 1) // settings.block_size)
+    num_seqs, num_tokens = min(settings.max_num_seqs, max(1, num_fit)), settings.max_num_batched_tokens
     most = 0.0
     for num_decodes in _powers(num_seqs):
         for num_prompts in _powers(min(num_seqs - num_decodes, (num_tokens - num_decodes) // shortest_prompt)):

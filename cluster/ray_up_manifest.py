@@ -6,23 +6,34 @@ Rules:
 """
 
 import importlib.util
+import ipaddress
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
+from cluster.cloud_settings import check_node, check_provider
 from cluster.keys import refuse_if_open_to_others
-from cluster.manifest_rules import TOKEN_MODE, check_command, refuse_unknown, texts
+from cluster.manifest_rules import TOKEN_MODE, check_command, texts
+from cluster.settings_errors import refuse_unknown
 
 TOKEN_FILE = "~/.ray/auth_token"
 
 FIRST_AUTOSCALER = "RAY_enable_autoscaler_v2=0"
 """Of Ray 2.60: `ray up` asks for the second one, which keeps on adding local workers and never starts one."""
 
-LOCAL_PROVIDER = {"type", "head_ip", "worker_ips", "external_head_ip", "coordinator_address"}
-"""What Ray reads of `provider` for machines of one's own; its schema allows anything there."""
+PROJECT = (
+    "cluster", "replicas", "global_scheduler", "cost_service", "pyproject.toml", "Makefile", "README.md", "LICENSE",
+)  # fmt: skip
+"""What `make setup` needs of the project."""
+
+_SETUP = re.compile(r"\bcd (\S+) && make setup\b")
+_HOST = re.compile(
+    r"^(?!\d+(?:\.\d+)*$)[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*$"
+)
 
 
 def check_ray_up(document: dict[str, Any], folder: Path) -> None:
@@ -35,13 +46,14 @@ def check_ray_up(document: dict[str, Any], folder: Path) -> None:
         ValueError: One sentence with the mend.
     """
     _check_schema(document)
-    _check_provider(document["provider"], document)
+    _check_nodes(document)
     for place, command in texts({name: value for name, value in document.items() if name.endswith("commands")}):
         check_command(place, command)
     for place, text in texts(document.get("available_node_types", {}), "available_node_types"):
         if place.endswith("commands") or "_commands[" in place:
             check_command(place, text)
     _check_start(document)
+    _check_project(document)
     _check_files(document, folder)
 
 
@@ -66,17 +78,50 @@ def _check_schema(document: dict[str, Any]) -> None:
         raise ValueError(f"{place or 'The file'} is not what `ray up` takes: {error.message.splitlines()[0]}.")
 
 
-def _check_provider(provider: dict[str, Any], document: dict[str, Any]) -> None:
-    if provider.get("type") != "local":
-        types = document.get("available_node_types", {})
-        if document.get("head_node_type") not in types:
-            raise ValueError("head_node_type must be one of available_node_types.")
+def _check_nodes(document: dict[str, Any]) -> None:
+    provider = document["provider"]
+    check_provider(provider)
+    if provider["type"] == "local":
+        _check_own_machines(provider)
         return
-    refuse_unknown(provider, LOCAL_PROVIDER, "provider.")
-    if "coordinator_address" not in provider:
-        for name in ("head_ip", "worker_ips"):
-            if name not in provider:
-                raise ValueError(f"Setting provider.{name} is missing: add it.")
+    types = document.get("available_node_types", {})
+    if document.get("head_node_type") not in types:
+        raise ValueError("head_node_type must be one of available_node_types.")
+    most = document.get("max_workers")
+    for name, node_type in types.items():
+        place = f"available_node_types.{name}."
+        least, limit = node_type.get("min_workers", 0), node_type.get("max_workers", most)
+        if limit is not None and least > limit:
+            raise ValueError(f"{place}min_workers is {least}, above max_workers, which is {limit}: lower it.")
+        check_node(provider["type"], node_type.get("node_config", {}), f"{place}node_config.")
+    together = sum(node_type.get("min_workers", 0) for node_type in types.values())
+    if most is not None and together > most:
+        raise ValueError(f"max_workers is {most}, below the min_workers of all types together, {together}: raise it.")
+
+
+def _check_own_machines(provider: dict[str, Any]) -> None:
+    if "coordinator_address" in provider:
+        return
+    for name in ("head_ip", "worker_ips"):
+        if name not in provider:
+            raise ValueError(f"Setting provider.{name} is missing: add it.")
+    machines = [("head_ip", provider["head_ip"])]
+    machines += [(f"worker_ips[{index}]", address) for index, address in enumerate(provider["worker_ips"])]
+    seen: dict[str, str] = {}
+    for name, address in machines:
+        if not _is_address(str(address)):
+            raise ValueError(f"provider.{name} is {address}: give an IP address or the name of a host.")
+        if str(address) in seen:
+            raise ValueError(f"provider.{name} is {address}, as is provider.{seen[str(address)]}: leave one.")
+        seen[str(address)] = name
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return _HOST.match(text) is not None
+    return True
 
 
 def _check_start(document: dict[str, Any]) -> None:
@@ -98,6 +143,16 @@ def _check_start(document: dict[str, Any]) -> None:
         )
     if TOKEN_FILE not in document.get("file_mounts", {}):
         raise ValueError(f"file_mounts lack {TOKEN_FILE}, by which nodes know each other: add it.")
+
+
+def _check_project(document: dict[str, Any]) -> None:
+    """What the commands set up is mounted, as a whole or part by part."""
+    mounted = {str(remote).rstrip("/") for remote in document.get("file_mounts", {})}
+    for _, command in texts({name: value for name, value in document.items() if name.endswith("commands")}):
+        for root in _SETUP.findall(command):
+            missing = [name for name in PROJECT if f"{root}/{name}" not in mounted]
+            if missing and root not in mounted:
+                raise ValueError(f"file_mounts lack {root}/{missing[0]}, which `make setup` needs: add it.")
 
 
 def _check_files(document: dict[str, Any], folder: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from global_scheduler.autoscaling import AutoscalerSettings
+from replicas.features import refused_feature
 
 _AIMS = AutoscalerSettings()
 
@@ -121,6 +122,8 @@ class ReplicaArgs(Settings):
         } & set(self.engine_kwargs)  # fmt: skip
         if owned:
             raise ValueError(f"engine_kwargs.{min(owned)} is set by the product: remove it there")
+        if refusal := refused_feature(self.engine_kwargs, {}):
+            raise ValueError(refusal)
         return self
 
     @property

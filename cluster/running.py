@@ -17,7 +17,6 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         LookupError: None answers; one sentence with the mend.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # answers come with classes that import vLLM, which prints
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
@@ -69,8 +68,7 @@ def ask_deployments() -> list[dict[str, Any]]:
         LookupError: It does not answer.
     """
     from ray.exceptions import RayError
-
-    from cluster.ray_internals import _get_global_client
+    from ray.serve.context import _get_global_client  # not of `ray_internals`, which loads vLLM: seconds for a look
 
     try:
         details = _get_global_client().get_serve_details()

@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster import keys, models
 from cluster.config import AppArgs, ServeFile, load
+from cluster.settings_errors import of_file
 from cluster.stores import check_store
 from cost_service.result_file import write_json
 from replicas.features import refused_feature
@@ -60,7 +61,7 @@ def main(options: argparse.Namespace) -> int:
         check_model(file.args, folder)
         keys.load_or_create(file.args.state.path)
     except OSError as error:
-        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
+        print(f"Error: {of_file(error)}", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError) as error:  # RuntimeError: `~name` of an unknown user
         print(f"Error: {error}", file=sys.stderr)
@@ -79,6 +80,8 @@ def configure(options: argparse.Namespace) -> ServeFile:
     if options.model:
         document["args"]["model"] = {"id": model_name(options.model), "source": options.model}
     if options.replicas is not None:
+        if not 1 <= options.replicas <= 1000:
+            raise ValueError("--replicas must be between 1 and 1000.")
         if file.args.replicas.autoscaling is not None:
             raise ValueError("--replicas cannot be given where the config has replicas.autoscaling: change its bounds.")
         document["args"]["replicas"]["num_replicas"] = options.replicas

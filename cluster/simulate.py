@@ -243,9 +243,14 @@ def ratios(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[st
 
 
 def run(
-    options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[TraceRequest], name: str, router: str | None = None
+    options: argparse.Namespace, kind: ReplicaKind, requests: Sequence[TraceRequest], name: str,
+    router: str | None = None, *, watched: bool = True,
 ) -> Outcome:  # fmt: skip
-    """Serve the trace with one kind of replicas, by the first of the routers if none is named."""
+    """Serve the trace with one kind of replicas, by the first of the routers if none is named.
+
+    Args:
+        watched: Whether the stated bound is checked at every event where admission is fair: it takes most of the time.
+    """
     records = RecordTable()
     part = max(1, len(requests) // 4)
 
@@ -256,7 +261,7 @@ def run(
 
     cluster = cluster_of(options, ROUTERS[router or options.router.partition(",")[0]])
     scaler = SimulatedAutoscaler(cluster.autoscaling) if cluster.autoscaling is not None else None
-    watch = cluster.watch(kind, requests) if kind.is_fair or options.watch_fairness else None
+    watch = cluster.watch(kind, requests) if watched and (kind.is_fair or options.watch_fairness) else None
     simulation = cluster.simulation(
         kind, done=done, watch=watch, credit=cluster.bound(kind, requests).unit if kind.is_fair else None,
         lengths=None if options.known_lengths else OutputLength(), check=options.check, scaler=scaler,

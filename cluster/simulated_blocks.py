@@ -209,7 +209,7 @@ class SimulatedBlocks:
 
     def num_shared(self, holding: Holding) -> int:
         """Held blocks that others hold too; they are the first ones."""
-        return sum(run.num_blocks for run in holding.prefix if len(run.holders) > 1)
+        return sum([run.num_blocks for run in holding.prefix if len(run.holders) > 1]) if holding.prefix else 0
 
     def check(self, holdings: Iterable[tuple[Holding, int]]) -> None:
         """Assert that every block is in one place.

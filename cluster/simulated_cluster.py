@@ -49,12 +49,16 @@ class SimulatedCluster:
         most = self.autoscaling.settings.max_replicas if self.autoscaling is not None else 0
         return max(self.num_replicas, *(num for _, num in self.disturbances.scale), most)
 
-    def bound(self, kind: ReplicaKind, requests: Sequence[TraceRequest]) -> FairnessBound:
-        """The stated bound of these requests on these replicas."""
+    def bound(self, kind: ReplicaKind, requests: Sequence[TraceRequest], *, away_s: float = 0.0) -> FairnessBound:
+        """The stated bound of these requests on these replicas.
+
+        Args:
+            away_s: For how long the scheduler is away.
+        """
         lengths = {(one.prompt_tokens, one.output_tokens) for one in requests}
         return bound_of(
             kind.settings, kind.times, num_replicas=self.most_replicas, lengths=lengths,
-            interval_s=self.share.interval_s, round_trip_s=2.0 * self.disturbances.report_delay_s,
+            interval_s=self.share.interval_s, round_trip_s=2.0 * self.disturbances.report_delay_s, away_s=away_s,
             granted_service=AdmissionSettings().bypass_service,
         )  # fmt: skip
 
@@ -63,9 +67,8 @@ class SimulatedCluster:
     ) -> FairnessWatch:
         """A judge of a run; tenants that share no replicas' limits are not compared."""
         weights = {one.tenant: kind.weights.get(one.tenant, 1.0) for one in requests}
-        return FairnessWatch(
-            self.bound(kind, requests), weights=weights, groups=self._groups(weights), shares_from_s=shares_from_s
-        )
+        bound = self.bound(kind, requests, away_s=self.share.away_s)
+        return FairnessWatch(bound, weights=weights, groups=self._groups(weights), shares_from_s=shares_from_s)
 
     def simulation(
         self, kind: ReplicaKind, *, done: Callable[[RequestRecord], None], watch: FairnessWatch | None = None,

@@ -274,19 +274,21 @@ class SimulatedEngine:
         if self.preemption is not None:
             self._take_loaded(self.preemption.end_copies(now_s))
             if step is not None:
-                self.preemption.learn(self, step, step.ends_s(self._times))
+                self.preemption.learn(self, step, step.ends_s(self._times, now_s))
         return finished
 
     def _complete(self, step: Step, now_s: float) -> list[SimulatedRequest]:
         """Count what a step has computed, and let go of those who have all their tokens."""
-        num_more = step.num_steps - 1
-        self.blocks.take(self.batch.num_needed_blocks(num_more, after=1))
-        self.least_free_blocks = min(self.least_free_blocks, self.blocks.num_free)
-        self.num_steps += num_more
-        self.num_scheduled_tokens += step.num_steps * step.num_decodes + sum(num for _, _, num in step.prefills)
-        self.num_output_tokens += step.num_steps * step.num_decodes
+        if num_more := step.num_steps - 1:
+            self.blocks.take(self.batch.num_needed_blocks(num_more, after=1))
+            self.least_free_blocks = min(self.least_free_blocks, self.blocks.num_free)
+            self.num_steps += num_more
+        num_decoded = step.num_steps * step.num_decodes
+        self.num_scheduled_tokens += num_decoded
+        self.num_output_tokens += num_decoded
         finished = self.batch.advance(step.num_steps)
         for request, _, num_new in step.prefills:
+            self.num_scheduled_tokens += num_new
             request.num_computed += num_new
             if request.num_computed < request.num_tokens:
                 continue

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,10 +119,18 @@ def _profiled(options: argparse.Namespace, folder: Path, hardware: Hardware) -> 
             return Timed(
                 shape=one.shape, times=ProfiledStep(one.shape, times),
                 costs=snapshot_of(one, times, block_size=options.block_size),
-                said="step times from profiles of operators, and copies at a datasheet's rates",
+                said=f"step times from profiles of operators{_carried(one, same)}, and copies at a datasheet's rates",
             )  # fmt: skip
     known = ", ".join(sorted({one.name for one in models if one.profile.parallelism == 1}))
     raise ValueError(f"{folder} has no profile of {options.model} on {hardware.name}: it has {known}.")
+
+
+def _carried(one: MeasuredModel, same: Sequence[MeasuredModel]) -> str:
+    """What of a model's step times was not measured with it; where they come from, for people."""
+    if one.profile.attention is not None:
+        return ""
+    others = sorted({other.name for other in same if other.profile.attention is not None})
+    return f" (attention, of prefills and decodes, is carried over from {', '.join(others)} by what it reads and walks over)"
 
 
 @named_as_options(

@@ -79,7 +79,8 @@ class SimulatedPreemption:
 
     def make_room(self, engine: "SimulatedEngine", now_s: float) -> bool:
         """Preempt ahead of the running loop what it would otherwise have to; whether anybody was."""
-        engine.loading.sort(key=lambda request: not request.num_blocks)
+        if engine.loading:
+            engine.loading.sort(key=lambda request: not request.num_blocks)
         is_fair = engine.fair is not None and engine.fair.core.is_fair
         if len(engine.running) < 2 or not self.preemptor.may_lead(is_fair=is_fair):
             return False
@@ -220,9 +221,11 @@ class SimulatedPreemption:
 
     def _candidate(self, engine: "SimulatedEngine", request: SimulatedRequest) -> Candidate:
         """The request as a candidate for giving way; its numbers are settled."""
-        block_size, pool = engine.settings.block_size, self.swaps.pool if self.swaps is not None else None
+        num_host_blocks, num_host_slots = 0, 0
+        if self.swaps is not None:
+            num_host_blocks, num_host_slots = self.swaps.pool.room_of(request.tenant, request.request_id)
         num_shared = engine.blocks.num_shared(request.holding)
-        num_surviving = max(num_shared, int(self.preemptor.meter.survival * request.num_blocks)) * block_size
+        num_surviving = max(num_shared, int(self.preemptor.meter.survival * request.num_blocks))
         return Candidate(
             request_id=request.request_id,
             tenant=request.tenant,
@@ -230,9 +233,9 @@ class SimulatedPreemption:
             num_tokens=request.num_computed,
             num_blocks=request.num_blocks,
             num_freed_blocks=request.num_blocks - num_shared,
-            num_surviving_tokens=min(num_surviving, request.num_computed),
-            num_host_blocks=pool.num_retained_blocks(request.request_id) if pool else 0,
-            num_host_slots=pool.num_available_slots(request.tenant, request.request_id) if pool else 0,
+            num_surviving_tokens=min(num_surviving * engine.settings.block_size, request.num_computed),
+            num_host_blocks=num_host_blocks,
+            num_host_slots=num_host_slots,
             num_remaining_tokens=remaining_tokens(request.stamp, request.num_output, request.max_tokens),
             num_preemptions=request.num_preemptions,
         )

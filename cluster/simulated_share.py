@@ -37,6 +37,11 @@ class ShareSettings:
         if self.away is not None and not 0.0 <= self.away[0] < self.away[1]:
             raise ValueError("--fairness-away must be FROM:TO, seconds from 0 on, the second after the first.")
 
+    @property
+    def away_s(self) -> float:
+        """For how long it is away."""
+        return 0.0 if self.away is None else self.away[1] - self.away[0]
+
 
 @dataclass(frozen=True, slots=True)
 class _Message:

@@ -78,10 +78,8 @@ class Step:
             self.num_decodes + len(contexts), self.num_context_tokens + sum(contexts), prefills
         )
 
-    def ends_s(self, times: StepTimes) -> list[float]:
-        """When each step of the stride has ended."""
-        if self.num_steps == 1:
-            return [self.end_s(times, 1)]
+    def ends_s(self, times: StepTimes, last_s: float) -> list[float]:
+        """When each step of the stride has ended, the last of them at `last_s`."""
         start_s, num_decodes, contexts = self.start_s + self.wait_s, self.num_decodes, self.num_context_tokens
         run_s = times.decode_run_s
-        return [start_s + run_s(num_decodes, contexts, number) for number in range(1, self.num_steps + 1)]
+        return [*(start_s + run_s(num_decodes, contexts, number) for number in range(1, self.num_steps)), last_s]

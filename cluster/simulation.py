@@ -99,7 +99,7 @@ class Simulation:
         self._report_interval_s, self._lengths = report_interval_s, lengths
         self._watch, self._num_users = watch, num_users or {}
         self._chance = random.Random(self.disturbances.seed)
-        self._events: list[tuple[float, int, int, Any]] = []
+        self._events: list[tuple[float, _Event, int, Any]] = []
         self._num_events = 0
         self._homeless: list[SimulatedRequest] = []
         """Those who came while no replica was up."""
@@ -138,19 +138,18 @@ class Simulation:
         coming = iter(requests)
         following = next(coming, None)
         while following is not None or self._num_here:
-            next_s = min(
-                self._events[0][0] if self._events else math.inf, following.arrival_s if following else math.inf
-            )
-            if next_s > until_s:
+            event_s = self._events[0][0] if self._events else math.inf
+            arrival_s = following.arrival_s if following is not None else math.inf
+            if min(event_s, arrival_s) > until_s:
                 return self._stop(until_s)
-            if following is not None and (not self._events or following.arrival_s <= self._events[0][0]):
-                assert following.arrival_s >= last_s, "requests must come in the order of arrival"
-                self.now_s = last_s = following.arrival_s
+            if following is not None and arrival_s <= event_s:
+                assert arrival_s >= last_s, "requests must come in the order of arrival"
+                self.now_s = last_s = arrival_s
                 self._arrive(following)
                 following = next(coming, None)
             else:
                 self.now_s, kind, _, subject = heapq.heappop(self._events)
-                self._happen(_Event(kind), subject)
+                self._happen(kind, subject)
             if self._check:
                 self.check()
             over_s = self.now_s

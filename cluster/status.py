@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,12 +21,13 @@ from cluster.scaling import scaling_rows, scaling_text
 from cost_service.result_file import write_json
 from cost_service.service import ACTOR as COST_ACTOR
 from cost_service.service_messages import ACTOR as FAIRNESS_ACTOR
+from cost_service.tenant_labels import UNNAMED
 
 COLUMNS = (
     ("replica", 12), ("policy", 20), ("admission", 12), ("running", 8), ("waiting", 8), ("kv used", 8), ("swaps", 8),
     ("recomputes", 11), ("host pool", 12), ("tokens/s", 9), ("age s", 6),
 )  # fmt: skip
-TENANT_COLUMNS = (("tenant", 32), ("service", 14), ("share", 8), ("waiting", 8), ("weight", 8))
+TENANT_COLUMNS = (("tenant", 32), ("service", 14), ("share", 8), ("waiting", 8), ("weight", 8), ("turnaround", 12))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +62,7 @@ def _show(options: argparse.Namespace) -> int:
         now = fetch()
         rows, fairness, scaling = (
             summarise_all(now, before),
-            fetch_fairness(),
+            with_turnarounds(fetch_fairness(), now),
             scaling_rows(ask_deployments(), now, before),
         )
         if options.json is None:
@@ -77,7 +79,7 @@ def _watch(interval_s: float) -> NoReturn:
     while True:
         time.sleep(interval_s)
         now, away = fetch_what_answers()
-        rows, fairness = summarise_all(now, before), fetch_fairness()
+        rows, fairness = summarise_all(now, before), with_turnarounds(fetch_fairness(), now)
         look, at = Look.of(rows, fairness, away), time.strftime("%H:%M:%S")
         if sys.stdout.isatty():
             view.add(look)
@@ -133,6 +135,26 @@ def fetch_fairness() -> dict[str, Any]:
     return status
 
 
+def with_turnarounds(fairness: dict[str, Any], now: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The same with `weighted_turnaround` for each tenant: the mean over the last requests that ended at a pool's replicas;
+    None where none has, or where tenants without a label of their own share one."""
+    if "away" in fairness:
+        return fairness
+    pools = {}
+    for name, pool in fairness["pools"].items():
+        num: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
+        for replica in pool["replicas"]:
+            for label, mean in now.get(replica, {}).get("turnarounds", {}).items():
+                num[label] += mean["num"]
+                total[label] += mean["num"] * mean["weighted_turnaround"]
+        labels = [tenant["tenant"] or UNNAMED for tenant in pool["tenants"]]
+        means = [round(total[label] / num[label], 3) if num[label] else None for label in labels]
+        tenants = [tenant | {"weighted_turnaround": mean} for tenant, mean in zip(pool["tenants"], means, strict=True)]
+        pools[name] = pool | {"tenants": tenants}
+    return fairness | {"pools": pools}
+
+
 def summarise(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
     """Figures of one replica; `tokens_per_s` and `new_preemptions` since the look before, 0 where there was none in this
     life of the engine."""
@@ -182,9 +204,10 @@ def fairness_table(fairness: dict[str, Any]) -> str:
             )
         lines.append("".join(title.rjust(width) for title, width in TENANT_COLUMNS))
         for tenant in pool["tenants"]:
+            turnaround = tenant.get("weighted_turnaround")
             cells = [
                 tenant["tenant"][-30:] or "(none)", f"{tenant['service']:.0f}", f"{tenant['share']:.0%}",
-                tenant["waiting"], f"{tenant['weight']:g}",
+                tenant["waiting"], f"{tenant['weight']:g}", "-" if turnaround is None else f"{turnaround:.2f}",
             ]  # fmt: skip
             lines.append(
                 "".join(str(cell).rjust(width) for cell, (_, width) in zip(cells, TENANT_COLUMNS, strict=True))

@@ -4,10 +4,13 @@ Rules:
 - A request counts from its admission to the end of its answer, whoever ends it. It is queued until its first output is seen:
   the first event of a stream; of an answer that comes at once, its end. One body counts once for every prompt and choice
   that it asks for, as engines count.
-- Nobody is asked: each ingress enforces its share of a cap, cap / ingresses rounded up. All together stay within
-  cap + ingresses - 1; a tenant whose connections all lead to one ingress has that one's share alone. While ingresses are
+- Nobody is asked: each ingress enforces its share of a cap, cap / ingresses rounded up; a tenant whose connections all lead
+  to one ingress has that one's share alone. A request that is larger than the share, but not than the cap, is admitted
+  where nothing of its tenant counts under that cap.
+- So an ingress has at most its share of a cap, or one request within the whole cap. All together stay within
+  cap + ingresses - 1 while no request is larger than a share, and within cap * ingresses whatever comes. While ingresses are
   replaced, both generations count for themselves: twice that.
-- Nothing that would never fit is told to come again.
+- Only a request that is larger than a cap by itself is never told to come again.
 - No clock, no randomness: times are handed in, in seconds, of a clock that should not go back and does no harm if it does.
 
 Who is refused takes the next turn in the tenant's own drain: turns are 1 / rate apart, so that those who were refused
@@ -69,7 +72,7 @@ class Refusal:
     """The field of `TenantLimits` that it is over."""
 
     limit: int
-    """This ingress's share of it."""
+    """This ingress's share of it; the whole cap for a request that is larger than that."""
 
     retry_after_s: float | None
     """When it has a chance; None: never, for it is larger than the cap by itself."""
@@ -157,7 +160,7 @@ class Admissions:
         load = self._loads.setdefault(tenant, TenantLoad(seen_s=now_s))
         load.advance(now_s)
         share = limits.share(self._num_ingresses)
-        if refusal := _refusal(load, share, num_requests, prompt_tokens, now_s):
+        if refusal := _refusal(load, limits, share, num_requests, prompt_tokens, now_s):
             return refusal
         load.concurrent_requests += num_requests
         load.queued_requests += num_requests
@@ -198,21 +201,24 @@ class Admissions:
 
 
 def _refusal(
-    load: TenantLoad, share: TenantLimits, num_requests: int, prompt_tokens: int, now_s: float
+    load: TenantLoad, limits: TenantLimits, share: TenantLimits, num_requests: int, prompt_tokens: int, now_s: float
 ) -> Refusal | None:
     """The cap that a request is over by most requests of its tenant's, or None."""
     tokens_per_request = load.queued_tokens / load.queued_requests if load.queued_tokens else 1.0
     worst: tuple[float, str, int] | None = None
-    for cap, limit, used, asked, per_request in (
-        ("max_concurrent_requests", share.max_concurrent_requests, load.concurrent_requests, num_requests, 1.0),
-        ("max_queued_requests", share.max_queued_requests, load.queued_requests, num_requests, 1.0),
-        ("max_queued_tokens", share.max_queued_tokens, load.queued_tokens, prompt_tokens, tokens_per_request),
+    for cap, used, asked, per_request in (
+        ("max_concurrent_requests", load.concurrent_requests, num_requests, 1.0),
+        ("max_queued_requests", load.queued_requests, num_requests, 1.0),
+        ("max_queued_tokens", load.queued_tokens, prompt_tokens, tokens_per_request),
     ):
-        if limit is None or used + asked <= limit:
+        most, limit = getattr(limits, cap), getattr(share, cap)
+        if most is None or used + asked <= limit:
             continue
-        if asked > limit:
-            return Refusal(cap=cap, limit=limit, retry_after_s=None)
-        num_ahead = (used + asked - limit) / per_request
+        if asked > most:
+            return Refusal(cap=cap, limit=most, retry_after_s=None)
+        if not used:
+            continue  # larger than the share: it would never be admitted beside others
+        num_ahead = min(used, used + asked - limit) / per_request
         if worst is None or num_ahead > worst[0]:
             worst = (num_ahead, cap, limit)
     if worst is None:

@@ -14,6 +14,7 @@ from typing import Any
 from cluster import keys
 from cluster.config import load
 from cluster.serve import DEFAULT_CONFIG
+from cluster.settings_errors import of_file
 from cluster.stores import check_store, open_store
 from cluster.tenant_limits import TenantLimits
 from cluster.tenant_registry import Tenant, TenantRegistry
@@ -66,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
         else:
             keys.write_secret(options.json, json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {of_file(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     return 0
 

@@ -30,6 +30,7 @@ from cost_service.operators import (
     MATMUL,
     STREAM,
     Batch,
+    Operator,
     Precision,
     attention_work,
     dense_operators,
@@ -140,6 +141,8 @@ class EngineStep:
         self.shape, self.rates, self.parallelism, self.precision = shape, rates, parallelism, precision
         self.residual = Residual(HatsRidge)
         self._dense_s = lru_cache(maxsize=1 << 16)(self._dense_seconds)
+        self._body_s = lru_cache(maxsize=1 << 16)(self._body_seconds)
+        self._head_s = lru_cache(maxsize=1 << 12)(self._head_seconds)
 
     @classmethod
     def cold(cls, shape: ModelShape, hardware: Hardware, *, parallelism: int = 1, collectives: bool = True) -> Self:
@@ -210,10 +213,25 @@ class EngineStep:
         return factor * (num_steps * dense_s + kv_bytes / self.rates.kv_bytes_per_s)
 
     def _dense_seconds(self, tokens: int, sequences: int) -> tuple[float, float]:
-        """Seconds of all but attention, and the residual's factor."""
-        work = self._dense_work(np.array([float(tokens)]), np.array([float(sequences)]))
+        """Seconds of all but attention, and the residual's factor: a step's tokens and its requests are seldom the same."""
+        rates, (body_s, links_s) = self.rates, self._body_s(tokens)
+        counted_s = rates.fixed_s + rates.sequence_s * sequences + rates.token_s * tokens
         factor = self.residual.factor(np.array([[float(tokens), float(sequences)]]))
-        return float(_base_s(self.rates, work)[0]), float(factor[0])
+        return counted_s + body_s + self._head_s(sequences) + links_s, float(factor[0])
+
+    def _body_seconds(self, tokens: int) -> tuple[float, float]:
+        """Seconds of the layers' matrix products, and of what ranks send each other."""
+        work = self._dense_work(np.array([float(tokens)]), np.zeros(1))
+        return float(_products_s(self.rates, work.body_flops, work.body_bytes)[0]), float(work.links_s[0])
+
+    def _head_seconds(self, sequences: int) -> float:
+        """Seconds of the LM head's matrix products."""
+        work = self._dense_work(np.zeros(1), np.array([float(sequences)]))
+        return float(_products_s(self.rates, work.head_flops, work.head_bytes)[0])
+
+    @cached_property
+    def _operators(self) -> tuple[Operator, ...]:
+        return dense_operators(self.shape, parallelism=self.parallelism, precision=self.precision)
 
     @cached_property
     def _kv_layers(self) -> tuple[tuple[int | None, float], ...]:
@@ -243,7 +261,7 @@ class EngineStep:
         flops = {False: np.zeros(len(tokens)), True: np.zeros(len(tokens))}
         moved = {False: np.zeros(len(tokens)), True: np.zeros(len(tokens))}
         links_s = np.zeros(len(tokens))
-        for one in dense_operators(self.shape, parallelism=self.parallelism, precision=self.precision):
+        for one in self._operators:
             rows = sequences if one.per_sequence else tokens
             if one.family == MATMUL:
                 flops[one.per_sequence] += one.calls * one.flops(rows)
@@ -266,14 +284,17 @@ class EngineStep:
 
 
 def _base_s(rates: EngineRates, work: _Work) -> Array:
-    products_s = [
-        p_norm(rates.norm, flops / rates.flops_per_s, moved / rates.bytes_per_s)
-        for flops, moved in ((work.body_flops, work.body_bytes), (work.head_flops, work.head_bytes))
-    ]
+    body_s = _products_s(rates, work.body_flops, work.body_bytes)
+    head_s = _products_s(rates, work.head_flops, work.head_bytes)
     attention_s = work.prefill_flops / rates.attention_flops_per_s + work.kv_bytes / rates.kv_bytes_per_s
     counted_s = rates.fixed_s + rates.sequence_s * work.sequences + rates.token_s * work.tokens
-    total: Array = counted_s + products_s[0] + products_s[1] + attention_s + work.links_s
+    total: Array = counted_s + body_s + head_s + attention_s + work.links_s
     return total
+
+
+def _products_s(rates: EngineRates, flops: Array, moved: Array) -> Array:
+    """Seconds of matrix products."""
+    return p_norm(rates.norm, flops / rates.flops_per_s, moved / rates.bytes_per_s)
 
 
 def _scaled(

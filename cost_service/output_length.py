@@ -25,8 +25,9 @@ from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 QUANTILES = (0.1, 0.5, 0.9)
 FIRST_GUESS = (10.0, 150.0, 600.0)
@@ -60,18 +61,36 @@ SCHEMA = 2
 Quantiles = tuple[float, ...]
 
 
-class History:
-    """The newest requests, also in order of length and of prompt length, so that quantiles need no sorting."""
+class Newest(NamedTuple):
+    """Output lengths of a tenant's newest requests."""
 
-    __slots__ = ("_by_prompt", "_next", "_size", "order", "rising")
+    num: int
+    mean: float
+    quantiles: Quantiles
+
+
+class History:
+    """The newest requests, also in order of length and of prompt length, so that quantiles need no sorting.
+
+    Rule: what is asked again before the next request is remembered is not computed again.
+    """
+
+    __slots__ = ("_newest", "_num_added", "_outputs", "_prompts", "_quantiles", "_size", "order", "rising")
 
     def __init__(self, size: int) -> None:
-        self._size, self._next = size, 0
-        self.order: deque[tuple[int, int, int]] = deque()
-        """Prompt tokens, number of the request, output tokens."""
+        self._size, self._num_added = size, 0
+        self.order: deque[tuple[int, int]] = deque()
+        """Prompt and output tokens, oldest first."""
 
         self.rising: list[int] = []
-        self._by_prompt: list[tuple[int, int, int]] = []
+        self._prompts: list[int] = []
+        """Prompt tokens, rising; of equal ones the oldest first."""
+
+        self._outputs: list[int] = []
+        """Output tokens of the same requests."""
+
+        self._quantiles: Quantiles | None = None
+        self._newest: Newest | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -79,35 +98,47 @@ class History:
     def add(self, prompt_tokens: int, output_tokens: int) -> None:
         """Remember a request; the oldest goes where there are too many."""
         if len(self.order) == self._size:
-            oldest = self.order.popleft()
-            del self._by_prompt[bisect_left(self._by_prompt, oldest)]
-            del self.rising[bisect_left(self.rising, oldest[2])]
-        request = (prompt_tokens, self._next, output_tokens)
-        self._next += 1
-        self.order.append(request)
-        insort(self._by_prompt, request)
+            prompt, output = self.order.popleft()
+            place = bisect_left(self._prompts, prompt)
+            del self._prompts[place], self._outputs[place]
+            del self.rising[bisect_left(self.rising, output)]
+        self._num_added += 1
+        self.order.append((prompt_tokens, output_tokens))
+        place = bisect_right(self._prompts, prompt_tokens)
+        self._prompts.insert(place, prompt_tokens)
+        self._outputs.insert(place, output_tokens)
         insort(self.rising, output_tokens)
+        self._quantiles = self._newest = None
+
+    def quantiles(self) -> Quantiles:
+        """Quantiles of all; there must be some."""
+        if self._quantiles is None:
+            self._quantiles = quantiles_of(self.rising)
+        return self._quantiles
 
     def near(self, prompt_tokens: int, num: int) -> Quantiles:
         """Quantiles of those with the nearest prompt lengths, half of them shorter and half longer."""
-        first = bisect_left(self._by_prompt, (prompt_tokens,))
-        past = bisect_left(self._by_prompt, (prompt_tokens + 1,))
-        start = max(0, min((first + past - num) // 2, len(self) - num))
-        return quantiles_of(sorted([output for _, _, output in self._by_prompt[start : start + num]]))
+        first = bisect_left(self._prompts, prompt_tokens)
+        past = bisect_right(self._prompts, prompt_tokens, first)
+        start = max(0, min((first + past - num) // 2, len(self.order) - num))
+        return quantiles_of(sorted(self._outputs[start : start + num]))
 
-    def newest(self, num: int) -> list[int]:
-        """Output tokens of the newest ones."""
-        return [output for _, _, output in islice(reversed(self.order), num)]
+    def newest(self) -> Newest:
+        """The newest ones, `NEWEST` of them or all; there must be some."""
+        if self._newest is None:
+            lengths = [output for _, output in islice(reversed(self.order), NEWEST)]
+            self._newest = Newest(len(lengths), sum(lengths) / len(lengths), quantiles_of(sorted(lengths)))
+        return self._newest
 
     def longer(self, output_tokens: int) -> int | None:
         """One of the lengths above, each of them in its turn; None where there is none."""
         first = bisect_right(self.rising, output_tokens)
         num = len(self.rising) - first
-        return self.rising[first + int(self._next * GOLDEN % 1.0 * num)] if num else None
+        return self.rising[first + int(self._num_added * GOLDEN % 1.0 * num)] if num else None
 
     def to_pairs(self) -> list[tuple[int, int]]:
         """Prompt and output tokens, oldest first."""
-        return [(prompt, output) for prompt, _, output in self.order]
+        return list(self.order)
 
     def extend(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Remember what `to_pairs` returned.
@@ -121,10 +152,12 @@ class History:
             self.add(prompt, output)
 
     def check(self) -> None:
-        """Assert that the three orders hold the same requests."""
+        """Assert that the three orders hold the same requests, and that what is kept of them is true."""
         assert len(self.order) <= self._size, f"{len(self.order)} requests where {self._size} may be"
-        assert self._by_prompt == sorted(self.order), "requests by prompt length"
-        assert self.rising == sorted(output for _, _, output in self.order), "requests by length"
+        by_prompt = list(zip(self._prompts, self._outputs, strict=True))
+        assert by_prompt == sorted(self.order, key=lambda request: request[0]), "requests by prompt length"
+        assert self.rising == sorted(output for _, output in self.order), "requests by length"
+        assert self._quantiles in (None, quantiles_of(self.rising) if self.rising else None), "quantiles of others"
 
 
 def _prior_weights() -> list[list[float]]:
@@ -173,9 +206,7 @@ class OutputLength:
     def own_quantiles(self, tenant: str, max_tokens: int | None = None, *, kind: str = "") -> Quantiles:
         """Quantiles of the tenant's requests alone (of everybody's while it has none): what `predict` is to beat."""
         known = self._tenants.get(_key(tenant, kind))
-        return _allowed(
-            quantiles_of(known.history.rising) if known and len(known.history) else self._of_everybody(), max_tokens
-        )
+        return _allowed(known.history.quantiles() if known and len(known.history) else self._of_everybody(), max_tokens)
 
     def observe(
         self, tenant: str, prompt_tokens: int, output_tokens: int, *, kind: str = "", cut: bool = False
@@ -191,16 +222,16 @@ class OutputLength:
         _check_tokens("prompt_tokens", prompt_tokens, least=0)
         _check_tokens("output_tokens", output_tokens, least=0)
         known = self._tenant(_key(tenant, kind))
-        newest = known.history.newest(NEWEST) or [output_tokens]
-        scale = 1.0 + sum(newest) / len(newest)
+        scale = 1.0 + (known.history.newest().mean if len(known.history) else output_tokens)
         by_quantile = zip(*self._predictions(known.history, prompt_tokens), strict=True)
         for index, (quantile, predictions) in enumerate(zip(QUANTILES, by_quantile, strict=True)):
             if cut:
                 predictions = tuple(min(length, output_tokens) for length in predictions)
-            losses = [pinball(quantile, length, output_tokens) / scale for length in predictions]
+            losses = _losses(quantile, predictions, output_tokens, scale)
             known.weights[index] = _reweighted(known.weights[index], losses)
             common = [log - COMMON_RATE * loss for log, loss in zip(self._common[index], losses, strict=True)]
-            self._common[index] = [max(log - max(common), LEAST_COMMON) for log in common]
+            largest = max(common)
+            self._common[index] = [max(log - largest, LEAST_COMMON) for log in common]
         length = output_tokens
         if cut:
             length = known.history.longer(length) or self._everybody.longer(length) or length
@@ -268,9 +299,11 @@ class OutputLength:
                 assert math.isclose(sum(weights), 1.0), f"weights of tenant {name!r}"
 
     def _tenant(self, key: str) -> _Tenant:
-        if key not in self._tenants and len(self._tenants) >= MAX_TENANTS:
-            self._forget_one()
-        one = self._tenants.setdefault(key, _Tenant())
+        one = self._tenants.get(key)
+        if one is None:
+            if len(self._tenants) >= MAX_TENANTS:
+                self._forget_one()
+            one = self._tenants[key] = _Tenant()
         self._tenants.move_to_end(key)
         return one
 
@@ -279,7 +312,7 @@ class OutputLength:
         self._num_requests -= len(gone.history)
 
     def _of_everybody(self) -> Quantiles:
-        return quantiles_of(self._everybody.rising) if len(self._everybody) else FIRST_GUESS
+        return self._everybody.quantiles() if len(self._everybody) else FIRST_GUESS
 
     def _predictions(self, history: History, prompt_tokens: int) -> list[Quantiles]:
         """What each of `PREDICTORS` says."""
@@ -289,40 +322,56 @@ class OutputLength:
         ]
         if not len(history):
             return [everybody, everybody, alike[-1], alike[-1], *alike]
-        own, num = quantiles_of(history.rising), len(history)
-        # Half of them at most: the nearest of a few are all of them.
-        num_near, num_newest = min(NEAR, max(1, num // 2)), min(NEWEST, num)
+        own, newest, num = history.quantiles(), history.newest(), len(history)
+        num_near = min(NEAR, max(1, num // 2))  # half of them at most: the nearest of a few are all of them
         near = history.near(prompt_tokens, num_near)
-        newest = quantiles_of(sorted(history.newest(num_newest)))
         return [
-            own, _pulled(own, everybody, num), _pulled(near, own, num_near), _pulled(newest, own, num_newest), *alike
+            own, _pulled(own, everybody, num), _pulled(near, own, num_near), _pulled(newest.quantiles, own, newest.num),
+            *alike,
         ]  # fmt: skip
 
 
 def pinball(quantile: float, predicted: float, length: float) -> float:
     """Pinball loss of one predicted quantile."""
     missing = length - predicted
-    return max(quantile * missing, (quantile - 1.0) * missing)
+    return quantile * missing if missing >= 0.0 else (quantile - 1.0) * missing
+
+
+def _losses(quantile: float, predictions: Sequence[float], length: float, scale: float) -> list[float]:
+    """Pinball losses of one quantile's predictions, in units of `scale`: `pinball` without the calls."""
+    over = quantile - 1.0
+    return [
+        (quantile * missing if missing >= 0.0 else over * missing) / scale
+        for missing in [length - predicted for predicted in predictions]
+    ]
 
 
 def quantiles_of(rising: Sequence[float]) -> Quantiles:
     """Quantiles of lengths that rise and all count alike, linear between two of them."""
-    found = []
+    return tuple(
+        [rising[below] + part * (rising[above] - rising[below]) for below, above, part in _places(len(rising))]
+    )
+
+
+@lru_cache(maxsize=2 * EVERYBODY)
+def _places(num: int) -> tuple[tuple[int, int, float], ...]:
+    """Of each quantile of so many lengths: the places that it lies between, and how far from the first."""
+    places = []
     for quantile in QUANTILES:
-        below, part = divmod(quantile * (len(rising) - 1), 1.0)
-        lower, upper = rising[int(below)], rising[min(int(below) + 1, len(rising) - 1)]
-        found.append(lower + part * (upper - lower))
-    return tuple(found)
+        below, part = divmod(quantile * (num - 1), 1.0)
+        places.append((int(below), min(int(below) + 1, num - 1), part))
+    return tuple(places)
 
 
 def _allowed(rising: Sequence[float], max_tokens: int | None) -> Quantiles:
     most = math.inf if max_tokens is None else float(max_tokens)
-    return tuple(min(max(length, 1.0), most) for length in rising)
+    return tuple([min(max(length, 1.0), most) for length in rising])
 
 
 def _pulled(quantiles: Quantiles, towards: Quantiles, num: int) -> Quantiles:
     share = num / (num + SHRINKAGE)
-    return tuple(share * one + (1.0 - share) * other for one, other in zip(quantiles, towards, strict=True))
+    rest = 1.0 - share
+    return tuple([share * one + rest * other for one, other in zip(quantiles, towards, strict=True)])
 
 
 def _reweighted(weights: list[float], losses: list[float]) -> list[float]:

@@ -4,7 +4,7 @@ For two tenants f, g that wait all the time, both served by all of the replicas,
 
     |W_f / phi_f - W_g / phi_g| <= (U + epsilon) * (1 / phi_f + 1 / phi_g)
     U = max(w_p * L_in, w_q * (M + B))          what one tenant's admitted requests can still get once it leads
-    epsilon = S * staleness                      how wrong a counter can be
+    epsilon = S * staleness + S' * away          how wrong a counter can be
 
 - M, tokens of KV memory: a leader's admitted requests grow into all pools at most, if it is the leader whom a full pool
   takes blocks from (victims from the most-served tenant, who re-enter through the fair order). vLLM's own victims are the
@@ -22,6 +22,10 @@ For two tenants f, g that wait all the time, both served by all of the replicas,
   central queue only decode is late, w_q * G * (tau + RTT), and is printed; here requests queue in the engines, so all
   service is late by a report and an answer, S * (2 tau + RTT), S being the most weighted service that all replicas can give
   in a second. At 100 ms they hardly differ. Long prompts and reports every 5 s break the bound with the former.
+- away: seconds in which nobody hears of the others, for the scheduler is away. Staleness grows by as much, but not
+  everywhere: at a replica at which both f and g wait, its own counters see all that it serves, and hold them together as
+  ever (within its part of U). Unseen is what f gets where g does not wait. g waits at one replica at least, so S' is S
+  without the slowest replica. Replicas that never hear of each other are no case of it: nothing bounds them.
 - What predictions hold in advance is part of the key by which tenants are chosen, but not service. It is at most w_q * M if
   predictions are clipped to what a request may generate, and within U.
 - A tenant that can use only some of the replicas is held to its max-min share: `max_min.py` says whom it is compared with.
@@ -74,6 +78,9 @@ class FairnessBound:
     stale_service: float
     """epsilon, of engines that queue by themselves"""
 
+    away_service: float
+    """S' * away, of the time in which the scheduler is away; 0 where it is not"""
+
     decode_stale_service: float
     """epsilon, were admissions charged centrally; no part of the bound"""
 
@@ -82,12 +89,13 @@ class FairnessBound:
     @property
     def unit(self) -> float:
         """U + epsilon: what one tenant at weight 1 can be ahead."""
-        return max(self.prompt_service, self.memory_service) + self.stale_service
+        return max(self.prompt_service, self.memory_service) + self.stale_service + self.away_service
 
     @property
     def worst(self) -> float:
         """The same in the worst case, refills included."""
-        return max(self.prompt_service, self.memory_service + self.refill_service) + self.stale_service
+        memory_service = self.memory_service + self.refill_service
+        return max(self.prompt_service, memory_service) + self.stale_service + self.away_service
 
     def pair(self, weight_f: float, weight_g: float) -> float:
         """The bound of two tenants' difference of normalised service."""
@@ -99,7 +107,7 @@ class FairnessBound:
             f"U = max(prompt {self.prompt_service:.0f}, memory {self.memory_service:.0f}"
             f" [M = {self.num_memory_tokens} tokens, victims: {self.victims.value}])"
             f" + stale {self.stale_service:.0f} [decode alone {self.decode_stale_service:.0f}]"
-            f" = {self.unit:.0f}; weights 1: {self.pair(1.0, 1.0):.0f};"
+            f" + away {self.away_service:.0f} = {self.unit:.0f}; weights 1: {self.pair(1.0, 1.0):.0f};"
             f" with refills {self.refill_service:.0f}: {self.worst:.0f}"
         )
 
@@ -107,7 +115,7 @@ class FairnessBound:
 def fairness_bound(
     replicas: Sequence[ReplicaLimits], *, max_input_tokens: int, interval_s: float, round_trip_s: float,
     input_weight: float = 1.0, output_weight: float = 2.0, num_granted_tokens: float = 0.0,
-    victims: VictimRule = VictimRule.MOST_SERVED,
+    away_s: float = 0.0, victims: VictimRule = VictimRule.MOST_SERVED,
 ) -> FairnessBound:  # fmt: skip
     """Compute the bound for tenants that all of these replicas serve.
 
@@ -116,6 +124,7 @@ def fairness_bound(
         interval_s: tau, between two reports of a replica.
         round_trip_s: RTT, from a report to its answer.
         num_granted_tokens: B.
+        away_s: The longest time for which the scheduler is away.
 
     Raises:
         ValueError: A weight or limit makes the bound meaningless; the message names it.
@@ -126,6 +135,7 @@ def fairness_bound(
         ("interval_s", interval_s),
         ("round_trip_s", round_trip_s),
         ("num_granted_tokens", num_granted_tokens),
+        ("away_s", away_s),
     ):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} is {value!r}; it must be a number from 0 on.")
@@ -135,12 +145,14 @@ def fairness_bound(
     else:
         num_memory_tokens = sum(each.max_num_seqs * each.max_tokens for each in replicas)
         num_refilled = float(num_memory_tokens)
+    services_per_s = [each.max_service_per_s for each in replicas]
     return FairnessBound(
         prompt_service=input_weight * max_input_tokens,
         memory_service=output_weight * (num_memory_tokens + num_granted_tokens),
         num_memory_tokens=num_memory_tokens,
         refill_service=output_weight * max(0.0, num_refilled - num_memory_tokens),
-        stale_service=(2.0 * interval_s + round_trip_s) * sum(each.max_service_per_s for each in replicas),
+        stale_service=(2.0 * interval_s + round_trip_s) * sum(services_per_s),
+        away_service=away_s * (sum(services_per_s) - min(services_per_s, default=0.0)),
         decode_stale_service=output_weight
         * (interval_s + round_trip_s)
         * sum(each.max_decode_tokens_per_s for each in replicas),

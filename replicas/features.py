@@ -29,7 +29,7 @@ def refused_feature(engine_kwargs: Mapping[str, Any], hf_config: Mapping[str, An
     """
     if engine_kwargs.get("enable_lora") or engine_kwargs.get("lora_modules"):
         return "LoRA is not supported: remove enable_lora and lora_modules from engine_kwargs."
-    if engine_kwargs.get("speculative_config"):
+    if engine_kwargs.get("speculative_config") is not None:
         return "Speculative decoding is not supported: remove speculative_config from engine_kwargs."
     if engine_kwargs.get("pipeline_parallel_size", 1) != 1:
         return "Pipeline parallelism is not supported: remove pipeline_parallel_size from engine_kwargs."

@@ -66,7 +66,8 @@ class HostBlockPool:
         self.num_slots = num_slots
         self.block_size = block_size
         self.max_tenant_slots = int(max_tenant_fraction * num_slots)
-        self._free = list(range(num_slots))  # a heap; already sorted
+        self._free: list[int] = []  # a heap; all of them were handed out before
+        self._num_fresh = num_slots  # never handed out, and behind all others: nothing is kept of them
         self._saved: dict[str, SavedBlocks] = {}
         self._num_saved_of: dict[str, int] = {}  # slots by tenant; only tenants who have any
         self._retained: dict[str, list[int]] = {}  # in the order in which they give way
@@ -74,17 +75,17 @@ class HostBlockPool:
         self.most_used_slots = 0
         """Saved slots at once so far."""
 
-        self._generations = [0] * num_slots
-        self._last_tenant: list[str | None] = [None] * num_slots
+        self._generations: list[int] = []
+        self._last_tenant: list[str] = []
 
     @property
     def num_free_slots(self) -> int:
-        return len(self._free)
+        return len(self._free) + self._num_fresh
 
     @property
     def num_used_slots(self) -> int:
         """Saved slots."""
-        return self.num_slots - len(self._free) - self._num_retained
+        return self.num_slots - self.num_free_slots - self._num_retained
 
     @property
     def num_retained_slots(self) -> int:
@@ -105,13 +106,23 @@ class HostBlockPool:
         `max(0, num_blocks - num_retained_blocks) <= num_available_slots`.
         """
         num_own = 0 if request_id is None else self.num_retained_blocks(request_id)
-        num_reclaimable = self._num_retained - num_own
+        return self._num_available(tenant, num_own)
+
+    def room_of(self, tenant: str, request_id: str) -> tuple[int, int]:
+        """`num_retained_blocks` and `num_available_slots` of a request, at once: for hundreds of them in a step."""
+        retained = self._retained.get(request_id)
+        num_own = len(retained) if retained is not None else 0
+        return num_own, self._num_available(tenant, num_own)
+
+    def _num_available(self, tenant: str, num_own: int) -> int:
+        num_reclaimable = len(self._free) + self._num_fresh + self._num_retained - num_own
         num_below_cap = self.max_tenant_slots - self._num_saved_of.get(tenant, 0) - num_own
-        return min(len(self._free) + num_reclaimable, num_below_cap)
+        return num_reclaimable if num_reclaimable < num_below_cap else num_below_cap
 
     def generations(self, slots: Sequence[int]) -> list[int]:
         """How often each of the slots was handed out."""
-        return [self._generations[slot] for slot in slots]
+        known = self._generations
+        return [known[slot] if slot < len(known) else 0 for slot in slots]
 
     def get(self, request_id: str) -> SavedBlocks | None:
         """Return the request's saved copy, or None."""
@@ -136,7 +147,7 @@ class HostBlockPool:
         # A recomputed request may be further behind than its retained copy.
         kept = retained[:num_blocks]
         self._free_slots(retained[num_blocks:])
-        self._evict(num_new - len(self._free))
+        self._evict(num_new - self.num_free_slots)
         new, zero = self._hand_out(num_new, tenant)
         self._saved[request_id] = SavedBlocks(tenant=tenant, num_tokens=num_tokens, slots=(*kept, *new))
         self._num_saved_of[tenant] = self._num_saved_of.get(tenant, 0) + num_blocks
@@ -170,9 +181,11 @@ class HostBlockPool:
         """Assert that every slot is in exactly one place, and that every count is right."""
         saved = [slot for copy in self._saved.values() for slot in copy.slots]
         retained = [slot for slots in self._retained.values() for slot in slots]
-        places = [*self._free, *saved, *retained]
+        num_used = self.num_slots - self._num_fresh
+        places = [*self._free, *saved, *retained, *range(num_used, self.num_slots)]
+        assert len(self._generations) == len(self._last_tenant) == num_used, "a slot of which nothing is known"
         assert len(places) == self.num_slots, (
-            f"free {len(self._free)} + saved {len(saved)} + retained {len(retained)} != {self.num_slots}"
+            f"free {self.num_free_slots} + saved {len(saved)} + retained {len(retained)} != {self.num_slots}"
         )
         assert len(set(places)) == len(places), "a slot is in two places"
         assert set(places) == set(range(self.num_slots)), "a slot outside the pool"
@@ -189,12 +202,17 @@ class HostBlockPool:
 
     def _hand_out(self, num_slots: int, tenant: str) -> tuple[list[int], list[int]]:
         """Take the lowest free slots for the tenant; return them, and those among them that must be zeroed."""
-        slots = [heapq.heappop(self._free) for _ in range(num_slots)]
-        zero = [slot for slot in slots if self._last_tenant[slot] not in (None, tenant)]
+        slots = [heapq.heappop(self._free) for _ in range(min(num_slots, len(self._free)))]
+        zero = [slot for slot in slots if self._last_tenant[slot] != tenant]
         for slot in slots:
             self._generations[slot] += 1
             self._last_tenant[slot] = tenant
-        return slots, zero
+        first, num_fresh = self.num_slots - self._num_fresh, num_slots - len(slots)
+        assert num_fresh <= self._num_fresh, f"{num_slots} slots wanted, {len(slots) + self._num_fresh} free"
+        self._num_fresh -= num_fresh
+        self._generations += [1] * num_fresh
+        self._last_tenant += [tenant] * num_fresh
+        return [*slots, *range(first, first + num_fresh)], zero
 
     def _evict(self, num_slots: int) -> None:
         """Free so many retained slots, if any are wanted."""
@@ -226,6 +244,6 @@ class HostBlockPool:
 
     def _assert_conserved(self) -> None:
         num_saved = sum(self._num_saved_of.values())
-        assert len(self._free) + num_saved + self._num_retained == self.num_slots, (
-            f"free {len(self._free)} + saved {num_saved} + retained {self._num_retained} != {self.num_slots}"
+        assert self.num_free_slots + num_saved + self._num_retained == self.num_slots, (
+            f"free {self.num_free_slots} + saved {num_saved} + retained {self._num_retained} != {self.num_slots}"
         )

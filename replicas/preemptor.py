@@ -189,11 +189,12 @@ class Preemptor:
         self.step_s += STEP_WEIGHT * (step_s - self.step_s) if self.step_s else step_s
         extra_s = self.meter.step(step_s, num_decodes=num_decodes, prefills=prefills)
         costs_s, self._step_costs_s = self._step_costs_s, 0.0
-        if not self._policy.ahead or self.guarded:
+        guarded = self.guarded
+        if guarded or not self._policy.ahead:
             self.headroom.reset()
         elif step_s > 0.0:
             self.headroom.step(costs_s, step_s, num_running=num_running)
-        self.num_guarded_steps += self.guarded
+        self.num_guarded_steps += guarded
         if extra_s is not None:
             # Every prefill tells whether recomputations are priced well, also where none is ever chosen.
             chunks = [(prefill.first, prefill.num_tokens) for prefill in prefills]
@@ -217,11 +218,12 @@ class Preemptor:
             step_s += STEP_WEIGHT * (one - step_s) if step_s else one
         self.step_s = step_s
         self.meter.quiet_steps(seconds, num_decodes=num_decodes)
-        if not self._policy.ahead or self.guarded:
+        guarded = self.guarded
+        if guarded or not self._policy.ahead:
             self.headroom.reset()
         else:
             self.headroom.quiet_steps(len(seconds), num_running=num_running)
-        self.num_guarded_steps += self.guarded * len(seconds)
+        self.num_guarded_steps += guarded * len(seconds)
 
     def report(self, now_s: float, *, num_tokens: int, num_preemptions: int, num_running: int) -> None:
         """Show the guard what was delivered since the last report."""

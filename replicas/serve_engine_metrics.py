@@ -30,7 +30,7 @@ from cost_service.metrics import (
 from cost_service.serve_metrics import LiveCounter, LiveGauge, degraded_gauge
 from cost_service.tenant_labels import OTHERS, TenantLabels
 from replicas.messages import EngineTotals, ServiceReport
-from replicas.turnaround import TurnaroundMeans
+from replicas.turnaround import Ended, TurnaroundMeans
 
 COUNTED = (
     (OUTPUT_TOKENS, "output_tokens", {}),
@@ -78,6 +78,11 @@ class EngineMetrics:
     def say_degraded(self, part: str, away: bool) -> None:
         """Show whether a part does not answer."""
         self._degraded.set(float(away), tags={"part": part})
+
+    @property
+    def turnarounds(self) -> dict[str, Ended]:
+        """Mean weighted turnaround by tenant, over how many of its last requests."""
+        return self._means.means
 
     def show_turnarounds(self, report: ServiceReport) -> None:
         """Show how long requests that have ended took."""

@@ -62,13 +62,17 @@ class AdaptiveLLMServer(LLMServer):
         await super().start()
 
     async def status(self) -> dict[str, Any]:
-        """What the engine last reported, and how many seconds ago; `totals` is None before its first step."""
+        """What the engine last reported, and how many seconds ago; `totals` is None before its first step.
+
+        `turnarounds`: tenant to the mean weighted turnaround of the last `num` of its requests that ended here.
+        """
         totals = self._totals
         return {
             "replica": self._name,
             "pid": os.getpid(),
             "age_s": round(time.monotonic() - self._totals_at_s, 3) if totals else None,
             "totals": msgspec.to_builtins(totals) if totals else None,
+            "turnarounds": msgspec.to_builtins(self._metrics.turnarounds),
         }
 
     async def set_policy(self, preemption: str | None = None, admission: str | None = None) -> dict[str, Any]:

@@ -138,6 +138,8 @@ class SwapPlanner:
 
     def take_plan(self) -> SwapPlan:
         """Return the step's copies and start the next step's plan."""
+        if not self._is_in_step:
+            return SwapPlan()  # as in most steps
         plan, self._plan = self._plan, SwapPlan()
         plan.check()
         settling, self._settling = self._settling, {}

@@ -64,6 +64,11 @@ class TurnaroundMeans:
         self._means: dict[str, Ended] = {}
         self._epoch = ""
 
+    @property
+    def means(self) -> dict[str, Ended]:
+        """Label to its mean, over how many requests."""
+        return dict(self._means)
+
     def read(self, epoch: str, ended: dict[str, Ended]) -> dict[str, float]:
         """Take an engine's sums, and return the means that have changed."""
         if epoch != self._epoch:

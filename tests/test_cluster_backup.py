@@ -116,4 +116,5 @@ def test_a_damaged_backup_changes_nothing(
 
 def test_a_file_that_is_not_there_is_one_sentence(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("restore", "/nowhere/backup", "--config", config) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    mend = "cannot be used (No such file or directory): correct its name or its permissions."
+    assert capsys.readouterr().err == f"Error: /nowhere/backup {mend}\n"

@@ -5,6 +5,7 @@ Method: our own manifests pass, in a home folder with the files that they name; 
 
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from cluster.bootstrap import ROOT
 from cluster.check import check
 from cluster.manifest_rules import check_command, check_redis_address, check_versions, pinned
+from cluster.ray_up_manifest import PROJECT
 
 RAY_UP = ("manifests/ray_up/local.yaml", "manifests/ray_up/aws.yaml", "manifests/ray_up/gcp.yaml")
 
@@ -129,7 +131,72 @@ def test_the_command_says_what_each_file_is_and_ends_with_2_when_one_is_refused(
         (
             "manifests/serve_gpu.yaml",
             lambda document: document["applications"][0]["args"]["replicas"].update(num_replica=1),
-            "num_replica",
+            r"Unknown setting applications\[0\]\.args\.replicas\.num_replica: did you mean num_replicas\?",
+        ),
+        (
+            "manifests/ray_up/aws.yaml",
+            lambda document: document["provider"].update(regoin=document["provider"].pop("region")),
+            r"Unknown setting provider\.regoin: did you mean region\?",
+        ),
+        (
+            "manifests/ray_up/gcp.yaml",
+            lambda document: document["provider"].update(project="x"),
+            r"Unknown setting provider\.project: did you mean project_id\?",
+        ),
+        (
+            "manifests/ray_up/aws.yaml",
+            lambda document: document["provider"].update(type="awss"),
+            r"provider\.type awss is none of Ray's: did you mean aws\?",
+        ),
+        (
+            "manifests/ray_up/aws.yaml",
+            lambda document: document["available_node_types"]["gpu_worker"]["node_config"].update(InstanceTyp="x"),
+            r"available_node_types\.gpu_worker\.node_config\.InstanceTyp: did you mean InstanceType\?",
+        ),
+        (
+            "manifests/ray_up/gcp.yaml",
+            lambda document: document["available_node_types"]["head"]["node_config"].update(machine_type="x"),
+            r"available_node_types\.head\.node_config\.machine_type: did you mean machineType\?",
+        ),
+        (
+            "manifests/ray_up/aws.yaml",
+            lambda document: document["available_node_types"]["gpu_worker"].update(min_workers=9),
+            r"gpu_worker\.min_workers is 9, above max_workers, which is 8: lower it",
+        ),
+        (
+            "manifests/ray_up/aws.yaml",
+            lambda document: document.update(max_workers=1),
+            "max_workers is 1, below the min_workers of all types together, 2: raise it",
+        ),
+        (
+            "manifests/ray_up/local.yaml",
+            lambda document: document["provider"].update(head_ip="not an ip"),
+            r"provider\.head_ip is not an ip: give an IP address or the name of a host",
+        ),
+        (
+            "manifests/ray_up/local.yaml",
+            lambda document: document["provider"].update(worker_ips=["192.0.2.300"]),
+            r"provider\.worker_ips\[0\] is 192\.0\.2\.300: give an IP address",
+        ),
+        (
+            "manifests/ray_up/local.yaml",
+            lambda document: document["provider"].update(worker_ips=[document["provider"]["head_ip"]]),
+            r"provider\.worker_ips\[0\] is 192\.0\.2\.10, as is provider\.head_ip: leave one",
+        ),
+        (
+            "manifests/ray_up/local.yaml",
+            lambda document: document["file_mounts"].pop("~/adaptivellm/replicas"),
+            "file_mounts lack ~/adaptivellm/replicas, which `make setup` needs: add it",
+        ),
+        (
+            "manifests/ray_up/local.yaml",
+            lambda document: start(document, "--dashboard-host=", "--dashbord-host="),
+            r"head_start_ray_commands\[1\]: --dashbord-host is no option of `ray start`: did you mean dashboard-host\?",
+        ),
+        (
+            "manifests/ray_up/aws.yaml",
+            lambda document: start(document, "--port=", "--prot="),
+            r"--prot is no option of `ray start`: did you mean port\?",
         ),
     ],
 )
@@ -140,12 +207,34 @@ def test_a_typo_is_named_with_what_is_probably_meant(
         check(changed(name, edit), ROOT)
 
 
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "node1", "gpu-7.example.com", "localhost"])
+def test_machines_may_be_named_by_address_or_host(address: str, home: Path, changed: Changed) -> None:
+    check(changed(RAY_UP[0], lambda document: document["provider"].update(head_ip=address)), ROOT)
+
+
+def test_the_project_may_be_mounted_as_a_whole(home: Path, changed: Changed) -> None:
+    def edit(document: Any) -> None:
+        token = document["file_mounts"]["~/.ray/auth_token"]
+        document["file_mounts"] = {"~/adaptivellm": ".", "~/.ray/auth_token": token}
+
+    check(changed(RAY_UP[0], edit), ROOT)
+
+
+def test_what_a_cluster_must_mount_is_all_that_the_project_is_installed_from() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {project["readme"], *project["license-files"], "pyproject.toml", "Makefile"} <= set(PROJECT)
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"} <= set(PROJECT)
+
+
 # Versions
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("pip install -U ray", r"installs ray of any version: name ray==2\.60\.0"),
+        ("cd x && uv pip install --upgrade 'ray[default]' && y", "installs ray of any version"),
+        ("pip install vllm", r"name vllm==0\.29\.0"),
         ("pip install ray==2.59.0", r"installs ray==2\.59\.0, and this project is made for ray==2\.60\.0"),
         ("uv pip install 'ray[default,serve]>=2.60'", "ray>=2.60"),
         ("pip install vllm==0.28.1", r"made for vllm==0\.29\.0: Ray and vLLM are one pair"),
@@ -167,6 +256,7 @@ def test_the_pinned_pair_is_accepted_as_are_names_that_hold_rays() -> None:
         f"pip install ray[default]=={ray} vllm=={vllm}",
         f"adaptivellm:0.1.0-ray{ray}-cpu",
         "pip install xray==1.0",
+        "pip install -r requirements.txt && ray stop",
     ):
         check_versions("setup_commands[0]", text)
 

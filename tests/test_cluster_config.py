@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 def sentence(call: Callable[..., object], *args: Any) -> str:
     """What the `ValueError` of a call says; it must be one sentence on one line."""
-    with pytest.raises(ValueError, match=r"^[^\n]+\.$") as caught:
+    with pytest.raises(ValueError, match=r"^[^\n]+[.?]$") as caught:
         call(*args)
     assert type(caught.value) is ValueError, "a library's own error would be many lines"
     return str(caught.value)
@@ -77,7 +77,7 @@ def test_settings_are_frozen() -> None:
 
 
 def test_an_unknown_key_is_named_with_its_section() -> None:
-    assert refusal(num_replica=2) == "Unknown setting replicas.num_replica: remove it or correct its name."
+    assert refusal(num_replica=2) == "Unknown setting replicas.num_replica: did you mean num_replicas?"
     assert "Unknown setting preemption.mode:" in refusal("preemption", mode="swap")
     assert "Unknown setting replica:" in sentence(
         AppArgs.from_mapping, {"replicas": {"accelerator": "gpu"}, "replica": 1}
@@ -91,7 +91,7 @@ def test_a_missing_section_is_named() -> None:
 @pytest.mark.parametrize("section", ["replicas", "preemption", "ingress", "state", "model"])
 def test_a_section_that_is_no_mapping_is_named(section: str) -> None:
     args = {"replicas": {"kv_cache_bytes": 64 * MIB}, section: "swap"}
-    assert sentence(AppArgs.from_mapping, args).startswith(f"Setting {section}: ")
+    assert sentence(AppArgs.from_mapping, args).startswith(f"Setting {section} must be a mapping")
 
 
 def test_a_key_that_is_no_text_is_named_on_one_line() -> None:
@@ -101,7 +101,7 @@ def test_a_key_that_is_no_text_is_named_on_one_line() -> None:
 
 @pytest.mark.parametrize("name", ["a model", "", "/model", "ü", "x" * 129])
 def test_a_model_name_that_clients_could_not_send_is_refused(name: str) -> None:
-    assert "Setting model.id: " in refusal("model", id=name)
+    assert "Setting model.id must " in refusal("model", id=name)
 
 
 # The folder of keys and models
@@ -216,7 +216,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
 )
 def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, content: Any) -> None:
     path = file_of(tmp_path, content)
-    assert f"Config file {path} is not valid YAML: compare it with manifests/serve_local.yaml" in sentence(load, path)
+    said = sentence(load, path)
+    assert said.startswith(f"Config file {path} is not valid YAML")
+    assert said.endswith(": compare it with manifests/serve_local.yaml.")
+    assert "(line 1: " in said or isinstance(content, bytes)
 
 
 @pytest.mark.parametrize(
@@ -248,12 +251,89 @@ def test_the_application_is_ours(tmp_path: Path, path: Any) -> None:
         ({**document(), "htp_options": {}}, "htp_options"),
         ({**document(), "http_options": {"prot": 1}}, "http_options.prot"),
         ({**document(), "http_options": {"ssl_keyfile": "key.pem"}}, "http_options.ssl_keyfile"),
-        (document(deployments=[]), "applications[0].deployments"),
-        (document(args={"replicas": {"accelerator": "gpu", "gpus": 1}}), "replicas.gpus"),
+        (document(deployment=[]), "applications[0].deployment"),
+        (document(args={"replicas": {"accelerator": "gpu", "gpus": 1}}), "applications[0].args.replicas.gpus"),
     ],
 )
 def test_what_would_be_ignored_is_refused_by_name(tmp_path: Path, content: Any, field: str) -> None:
-    assert sentence(load, file_of(tmp_path, content)).startswith(f"Unknown setting {field}: remove it")
+    said = sentence(load, file_of(tmp_path, content))
+    assert said.startswith((f"Unknown setting {field}: remove it", f"Unknown setting {field}: did you mean"))
+
+
+REPLICAS = "AdaptiveLLMServer:smollm2-135m-instruct"
+
+
+def test_a_number_of_replicas_beside_the_settings_is_the_one_that_counts(tmp_path: Path) -> None:
+    content = document(deployments=[{"name": REPLICAS, "num_replicas": 4}])
+    assert load(file_of(tmp_path, content)).args.replicas.num_replicas == 4
+    assert load(file_of(tmp_path, document(deployments=[]))).args.replicas.num_replicas == 2
+
+
+@pytest.mark.parametrize(
+    ("deployments", "said"),
+    [
+        (
+            [{"name": "AdaptiveLLMServer", "num_replicas": 4}],
+            f"applications[0].deployments[0].name must be {REPLICAS}:",
+        ),
+        (
+            [{"name": "AdaptiveIngress", "num_replicas": 4}],
+            "deployments[0].name is AdaptiveIngress, by whose number caps are shared: use args.ingress.num_replicas.",
+        ),
+        ([{"name": REPLICAS, "num_replica": 4}], "deployments[0].num_replica: did you mean num_replicas?"),
+        ([{"name": REPLICAS, "num_replicas": 0}], "deployments[0].num_replicas must be at least 1, not 0."),
+        ([{"name": REPLICAS}], "deployments[0].num_replicas is missing: add it."),
+        ([{"name": REPLICAS, "num_replicas": 1}] * 2, "deployments[1].name stands twice: remove one."),
+        ([4], "deployments[0] must be a mapping"),
+        ({"name": REPLICAS}, "deployments must be a list"),
+    ],
+)
+def test_a_deployment_that_serve_would_not_find_or_take_is_refused(tmp_path: Path, deployments: Any, said: str) -> None:
+    assert said in sentence(load, file_of(tmp_path, document(deployments=deployments)))
+
+
+def test_a_fixed_number_of_replicas_and_one_by_load_are_not_given_together(tmp_path: Path) -> None:
+    args = {"replicas": {"accelerator": "gpu", "autoscaling": {"max_replicas": 3}}}
+    content = document(args=args, deployments=[{"name": REPLICAS, "num_replicas": 4}])
+    assert "has no meaning with args.replicas.autoscaling" in sentence(load, file_of(tmp_path, content))
+
+
+def test_the_names_of_deployments_are_those_that_are_built(tmp_path: Path) -> None:
+    from ray.llm._internal.serve.core.server.builder import _get_deployment_name
+
+    from cluster.app import make_llm_config  # loads Ray
+    from replicas.serve_server import AdaptiveLLMServer
+
+    args = {"replicas": {"accelerator": "gpu"}, "model": {"id": "meta-llama/Llama-3.1-8B", "source": "a/b"}}
+    built = f"{AdaptiveLLMServer.__name__}:{_get_deployment_name(make_llm_config(AppArgs.from_mapping(args), None))}"
+    load(file_of(tmp_path, document(args=args, deployments=[{"name": built, "num_replicas": 1}])))
+
+
+@pytest.mark.parametrize("prefix", ["api", "", "/api/", "/{x}"])
+def test_a_route_that_serve_would_refuse_is_refused_here(tmp_path: Path, prefix: str) -> None:
+    assert "applications[0].route_prefix: it must begin with /" in sentence(
+        load, file_of(tmp_path, document(route_prefix=prefix))
+    )
+
+
+def test_where_proxies_run_is_one_of_serves_words(tmp_path: Path) -> None:
+    content = {**document(), "proxy_location": "EveryNod"}
+    said = "Setting proxy_location must be 'Disabled', 'HeadOnly' or 'EveryNode'."
+    assert sentence(load, file_of(tmp_path, content)) == said
+    load(file_of(tmp_path, {**document(), "proxy_location": "HeadOnly"}))
+
+
+@pytest.mark.parametrize("value", [{}, {"method": "ngram"}])
+def test_what_engines_are_refused_for_is_refused_with_the_settings(tmp_path: Path, value: Any) -> None:
+    args = {"replicas": {"accelerator": "gpu", "engine_kwargs": {"speculative_config": value}}}
+    assert "Speculative decoding is not supported: remove speculative_config" in sentence(
+        load, file_of(tmp_path, document(args=args))
+    )
+
+
+def test_a_name_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "proxy_location: HeadOnly\nhttp_options:\n  port: 1\n  host: h\n  port: 2\n")
+    assert "(port stands in line 3 and again in line 5): remove one." in sentence(load, path)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,20 @@ def cluster_of(document: Any) -> Any:
             lambda d: d["spec"].update(serveConfigV2="applications: []"),
             r"spec\.serveConfigV2 must have exactly one entry",
         ),
+        (
+            lambda d: d.update(apiVersion="ray.io/v1alpha1"),
+            r"apiVersion of a RayService is ray\.io/v1alpha1: name ray\.io/v1",
+        ),
+        (
+            lambda d: cluster_of(d)["headGroupSpec"]["rayStartParams"].update({"num-cpu": "0"}),
+            r"headGroupSpec\.rayStartParams\.num-cpu is no option of `ray start`: did you mean num-cpus\?",
+        ),
+        (
+            lambda d: d["spec"].update(
+                serveConfigV2=d["spec"]["serveConfigV2"].replace("num_replicas", "num_replica", 1)
+            ),
+            r"Unknown setting spec\.serveConfigV2\.applications\[0\]\.args\.replicas\.num_replica: did you mean",
+        ),
         (lambda d: d["spec"].pop("rayClusterConfig"), r"spec\.rayClusterConfig is missing"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_cpu_replica_is_not_spread_over_devices() -> None:
     ],
 )
 def test_a_value_of_a_wrong_type_or_size_is_named(field: str, value: Any) -> None:
-    assert f"Setting replicas.{field}: Input should be " in refusal(**{field: value})
+    assert f"Setting replicas.{field} must be " in refusal(**{field: value})
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,17 @@ def test_a_profile_without_attention_is_named_and_reading_is_said(
     assert "name the folder above it, H100," in error
 
 
+def test_attention_that_was_measured_with_another_model_is_said_to_be(tmp_path: Path) -> None:
+    for name in ("llama-3.1-8b", "llama-3.1-70b"):
+        made_up_profile(tmp_path, name)
+    folder = (tmp_path / "MADEUP1").rename(tmp_path / "H100")
+    options = ("--profile", str(folder), "--hardware", "H100", "--model", "llama-3.1-8b")
+    assert "carried over" not in str(simulated(tmp_path / "a.json", *options)["simulated"])
+    (folder / "llama-3.1-8b/tp1/attention.csv").unlink()
+    said = str(simulated(tmp_path / "b.json", *options)["simulated"])
+    assert "carried over from H100 llama-3.1-70b tp1" in said
+
+
 def test_another_block_size_than_the_calibrated_one_is_refused(
     calibration: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

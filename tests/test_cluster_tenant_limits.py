@@ -1,4 +1,5 @@
-"""Goal: one ingress never has more of a tenant in work than its share of the caps, and who is refused learns a useful time.
+"""Goal: one ingress never has more of a tenant in work than its share of the caps, or one request within the whole cap;
+what is within a cap is never refused for ever, and who is refused learns a useful time.
 
 Method: a state machine over admissions, first outputs and endings of several tenants with caps that change, against counts
 kept beside it; a simulated queue of one tenant for the time that is told.
@@ -83,14 +84,18 @@ class Ingress(RuleBasedStateMachine):
         outcome = self.admissions.admit(tenant, limits, num_requests=num, prompt_tokens=tokens, now_s=self.now_s)
         caps = {name: getattr(limits, name) for name in asked}
         shares = {name: math.ceil(cap / self.NUM_INGRESSES) for name, cap in caps.items() if cap is not None}
-        over = {name for name, share in shares.items() if sum(asked[name]) > share}
+        over = {
+            name
+            for name, share in shares.items()
+            if sum(asked[name]) > (share if asked[name][0] else caps[name])  # alone, the whole cap
+        }
         if isinstance(outcome, Ticket):
             assert not over, "admitted over a cap"
             self.tickets.append(outcome)
             return
         assert outcome.cap in over
-        assert outcome.limit == shares[outcome.cap]
-        never_fits = any(asked[name][1] > share for name, share in shares.items())
+        never_fits = any(asked[name][1] > caps[name] for name in shares)
+        assert outcome.limit == (caps if never_fits else shares)[outcome.cap]
         if never_fits:
             assert outcome.retry_after_s is None
         else:
@@ -171,8 +176,55 @@ def test_prompts_and_choices_count_each() -> None:
     assert refused(admissions, limits, num=2).retry_after_s is not None
 
 
+def test_a_request_within_its_cap_but_over_a_share_is_admitted_where_its_tenant_has_nothing_and_else_told_when() -> (
+    None
+):
+    admissions, limits = Admissions(num_ingresses=4), TenantLimits(max_queued_tokens=10_000)
+    large = admitted(admissions, limits, tokens=3_000)
+    assert refused(admissions, limits, tokens=3_000).retry_after_s is not None, "not for ever"
+    assert refused(admissions, limits, tokens=1).retry_after_s is not None, "the share is more than taken"
+    admissions.start(large, 1.0)
+    small = admitted(admissions, limits, 1.0, tokens=1)
+    waits = refused(admissions, limits, 1.0, tokens=10_000)
+    assert (waits.limit, waits.retry_after_s is None) == (2_500, False)
+    admissions.start(small, 2.0)
+    admitted(admissions, limits, 2.0, tokens=10_000)
+
+
+@pytest.mark.parametrize("num_ingresses", [1, 2, 4])
+def test_only_what_is_larger_than_the_whole_cap_is_refused_for_ever(num_ingresses: int) -> None:
+    admissions = Admissions(num_ingresses=num_ingresses)
+    refusal = refused(admissions, TenantLimits(max_queued_tokens=10_000), tokens=10_001)
+    assert (refusal.limit, refusal.retry_after_s) == (10_000, None)
+    assert refused(admissions, TenantLimits(max_concurrent_requests=3), num=4).retry_after_s is None
+
+
+@given(
+    cap=st.integers(1, 40),
+    num_ingresses=st.integers(1, 5),
+    asked=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 45), st.booleans()), max_size=60),
+)
+def test_ingresses_together_stay_within_the_bound_that_is_stated(
+    cap: int, num_ingresses: int, asked: list[tuple[int, int, bool]]
+) -> None:
+    """Requests at any ingress, some of which start at once; the most that was queued at one time, and by whom."""
+    ingresses = [Admissions(num_ingresses=num_ingresses) for _ in range(num_ingresses)]
+    limits, share, are_small = TenantLimits(max_queued_tokens=cap), -(-cap // num_ingresses), True
+    for number, tokens, starts in asked:
+        ingress = ingresses[number % num_ingresses]
+        outcome = ingress.admit("a", limits, num_requests=1, prompt_tokens=tokens, now_s=0.0)
+        if isinstance(outcome, Ticket):
+            are_small = are_small and tokens <= share
+        load = ingress.load("a")
+        assert load.queued_tokens <= share or (load.queued_requests == 1 and load.queued_tokens <= cap)
+        together = sum(each.load("a").queued_tokens for each in ingresses)
+        assert together <= (cap + num_ingresses - 1 if are_small else cap * num_ingresses)
+        if isinstance(outcome, Ticket) and starts:
+            ingress.start(outcome, 0.0)
+
+
 @given(cap=st.integers(1, 1000), num_ingresses=st.integers(1, 64))
-def test_ingresses_together_overshoot_by_less_than_one_each(cap: int, num_ingresses: int) -> None:
+def test_shares_together_are_more_than_the_cap_by_less_than_one_each(cap: int, num_ingresses: int) -> None:
     share = TenantLimits(max_concurrent_requests=cap).share(num_ingresses).max_concurrent_requests
     assert share is not None
     assert cap <= share * num_ingresses <= cap + num_ingresses - 1

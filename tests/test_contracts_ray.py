@@ -35,6 +35,14 @@ def test_every_internal_name_is_there() -> None:
             assert hasattr(module, name), f"{module.__name__}: {name} moved"
 
 
+def test_serves_client_tells_details_to_commands() -> None:
+    from ray.serve._private.client import ServeControllerClient
+    from ray.serve.context import _get_global_client
+
+    assert callable(_get_global_client), "cluster/running.py"
+    assert parameters(ServeControllerClient.get_serve_details) == [], "cluster/running.py"
+
+
 def test_the_builder_takes_an_own_fastapi_app_and_endpoints() -> None:
     from ray.serve.llm import build_llm_deployment
     from ray.serve.llm.ingress import make_fastapi_ingress

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from cost_service import output_length
 from cost_service.evaluate_lengths import LEAST_GAIN, evaluate_lengths, oracle_losses
-from cost_service.output_length import EVERYBODY, HISTORY, PREDICTORS, QUANTILES, History, OutputLength, quantiles_of
+from cost_service.output_length import (
+    EVERYBODY,
+    HISTORY,
+    NEWEST,
+    PREDICTORS,
+    QUANTILES,
+    History,
+    OutputLength,
+    quantiles_of,
+)
 from cost_service.traces import TraceRequest, load_trace
 from tests.shared_data import needs_data
 
@@ -191,7 +200,7 @@ def test_the_tenants_own_quantiles_are_everybodys_while_it_has_none() -> None:
     assert model.own_quantiles("a", 60) == (10, 50, 60)
 
 
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=80), st.integers(1, 20))
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=80), st.integers(1, 40))
 def test_a_history_answers_as_one_that_sorts_anew(pairs: list[tuple[int, int]], size: int) -> None:
     history = History(size)
     for prompt, length in pairs:
@@ -203,7 +212,19 @@ def test_a_history_answers_as_one_that_sorts_anew(pairs: list[tuple[int, int]], 
     assert history.near(20, len(kept)) == pytest.approx(quantiles_of(sorted(length for _, length in kept)))
     longer = sorted(length for _, length in kept if length > 20)
     assert history.longer(20) in (longer or [None])
-    assert history.newest(3) == [length for _, length in kept[::-1][:3]]
+    newest = [length for _, length in kept[-NEWEST:]]
+    assert history.newest().num == len(newest)
+    assert history.newest().mean == pytest.approx(np.mean(newest))
+    assert history.newest().quantiles == pytest.approx(np.quantile(newest, QUANTILES))
+
+
+def test_what_a_history_keeps_of_its_requests_follows_each_new_one() -> None:
+    history = History(3)
+    for length, median, mean in ((1, 1, 1), (3, 2, 2), (8, 3, 4), (10, 8, 7)):
+        history.add(5, length)
+        for _ in range(2):
+            assert history.quantiles()[1] == history.newest().quantiles[1] == median
+            assert history.newest().mean == mean
 
 
 HISTORIES = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 10**6), st.integers(0, 10**6)), max_size=60)

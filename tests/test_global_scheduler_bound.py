@@ -42,6 +42,16 @@ def test_the_bound_is_the_formula_of_the_reference() -> None:
         assert term in str(bound)
 
 
+def test_a_time_without_the_scheduler_counts_what_all_replicas_but_one_can_give_in_it() -> None:
+    here = fairness_bound([REPLICA] * 4, max_input_tokens=256, interval_s=0.1, round_trip_s=0.0)
+    away = fairness_bound([REPLICA] * 4, max_input_tokens=256, interval_s=0.1, round_trip_s=0.0, away_s=30.0)
+    assert away.unit == here.unit + 30.0 * 3 * 2000.0
+    assert away.worst == here.worst + 30.0 * 3 * 2000.0
+    assert "away 180000" in str(away)
+    alone = fairness_bound([REPLICA], max_input_tokens=256, interval_s=0.1, round_trip_s=0.0, away_s=30.0)
+    assert alone.away_service == 0.0, "one replica sees all by itself"
+
+
 def test_with_vllms_own_victims_memory_does_not_bound_a_leader() -> None:
     bound = fairness_bound(
         [REPLICA], max_input_tokens=256, interval_s=0.0, round_trip_s=0.0, victims=VictimRule.LAST_COME
@@ -58,6 +68,8 @@ def test_terms_without_meaning_are_refused() -> None:
         fairness_bound([REPLICA], max_input_tokens=1, interval_s=0.0, round_trip_s=0.0, input_weight=3.0)
     with pytest.raises(ValueError, match=r"interval_s is -1\.0"):
         fairness_bound([REPLICA], max_input_tokens=1, interval_s=-1.0, round_trip_s=0.0)
+    with pytest.raises(ValueError, match=r"away_s is -1\.0"):
+        fairness_bound([REPLICA], max_input_tokens=1, interval_s=0.0, round_trip_s=0.0, away_s=-1.0)
     with pytest.raises(ValueError, match="round_trip_s is nan"):
         fairness_bound([REPLICA], max_input_tokens=1, interval_s=0.0, round_trip_s=float("nan"))
 
@@ -210,6 +222,7 @@ UNIT = FairnessBound(
     memory_service=100.0,
     num_memory_tokens=50,
     refill_service=0.0,
+    away_service=0.0,
     stale_service=0.0,
     decode_stale_service=0.0,
     victims=VictimRule.MOST_SERVED,

@@ -59,7 +59,7 @@ def test_a_script_reads_how_to_reach_it_and_no_key(running: Running, told_file: 
 def full_status() -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster", "status", "--json", "-", "--interval-s", "0.2"]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
-    told: dict[str, Any] = json.loads(answer.stdout[answer.stdout.index("{") :])
+    told: dict[str, Any] = json.loads(answer.stdout)
     return told
 
 
@@ -287,7 +287,7 @@ def test_requests_with_the_same_beginning_stay_on_one_replica(running: Running) 
 def costs(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster", "costs", "--json", "-", *arguments]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
-    told: dict[str, Any] = json.loads(answer.stdout[answer.stdout.index("{") :])
+    told: dict[str, Any] = json.loads(answer.stdout)
     return told
 
 
@@ -537,8 +537,11 @@ def test_the_ledger_holds_exactly_what_was_delivered_through_a_kill_of_the_fairn
 
 
 def test_status_shows_tenants_gap_and_bound_to_people(two_tenants: tuple[Running, Running]) -> None:
-    command = [sys.executable, "-m", "cluster", "status", "--interval-s", "0.2"]
-    shown = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120).stdout
+    command = [sys.executable, "-X", "importtime", "-m", "cluster", "status", "--interval-s", "0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=120)
+    assert not re.search(r"\| +vllm$", done.stderr, re.MULTILINE), "a look takes seconds with vLLM"
+    assert re.search(r"\| +ray$", done.stderr, re.MULTILINE), "imports are listed"
+    shown = done.stdout
     assert re.search(r"2 replicas; gap \d+, bound \d+, gap/bound \d\.\d+", shown), shown
     assert re.search(rf"{two_tenants[0].tenant[-30:]} +\d+ +\d+% +0 +3\b", shown), shown
 

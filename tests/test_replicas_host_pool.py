@@ -262,6 +262,16 @@ def test_a_second_copy_of_one_request_is_a_bug_of_the_caller() -> None:
         save(pool, "a", 10)
 
 
+def test_a_pool_of_any_size_keeps_only_what_was_used() -> None:
+    pool = pool_of(1 << 50)
+    save(pool, "a", 3 * BLOCK_SIZE)
+    assert pool.release("a") == 3
+    save(pool, "b", 4 * BLOCK_SIZE)
+    assert slots_of(pool, "b") == (0, 1, 2, 3)
+    assert pool.generations([0, 1, 2, 3, 4]) == [2, 2, 2, 1, 0]
+    assert pool.num_free_slots == (1 << 50) - 4
+
+
 def test_saving_nothing_is_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="num_tokens is 0"):
         save(pool_of(4), "a", 0)
@@ -296,5 +306,6 @@ def test_check_finds_broken_books(
 ) -> None:
     pool = pool_of(2)
     pool._free, pool._saved, pool._retained = free, saved, retained
+    pool._num_fresh, pool._generations, pool._last_tenant = 0, [1, 1], ["", ""]
     with pytest.raises(AssertionError, match=complaint):
         pool.check()

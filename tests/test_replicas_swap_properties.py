@@ -175,7 +175,9 @@ class Engine:
             return
         num_retained = self.pool.num_retained_blocks(request.name)
         num_copies = max(0, self.planner.num_blocks(request.num_computed) - num_retained)
-        fits = num_copies <= self.pool.num_available_slots(str(request.tenant), request.name)
+        num_available = self.pool.num_available_slots(str(request.tenant), request.name)
+        assert self.pool.room_of(str(request.tenant), request.name) == (num_retained, num_available)
+        fits = num_copies <= num_available
         num_evictable = self.pool.num_retained_slots - num_retained
         num_copied = self.planner.swap_out(
             request.name, tenant=str(request.tenant), num_tokens=request.num_computed, block_ids=request.blocks

@@ -29,6 +29,7 @@ def test_the_mean_is_the_same_whether_a_report_is_lost_or_repeated() -> None:
     assert means.read("e", {"f": Ended(num=1, weighted_turnaround=2.0)}) == {"f": 2.0}
     assert means.read("e", {"f": Ended(num=1, weighted_turnaround=2.0)}) == {}
     assert means.read("e", {"f": Ended(num=4, weighted_turnaround=20.0)}) == {"f": pytest.approx(5.0)}
+    assert means.means == {"f": Ended(num=4, weighted_turnaround=pytest.approx(5.0))}
 
 
 def test_another_life_of_the_engine_counts_from_zero() -> None:
