@@ -88,3 +88,25 @@ def test_a_key_that_falls_again_and_again_does_not_fill_the_heap() -> None:
         keys["f"] -= 1.0
         lowest.fell("f")
     assert len(lowest._heap) <= 2 * 2 + SPARE_ENTRIES
+
+
+def test_entries_of_before_are_thrown_out_once_and_not_corrected_after_every_rise() -> None:
+    keys, asked = {"a": 0.0, "b": 100.0}, 0
+
+    def key(name: str) -> float:
+        nonlocal asked
+        asked += 1
+        return keys[name]
+
+    lowest = Lowest(key)
+    lowest.add("a")
+    lowest.add("b")
+    for _ in range(SPARE_ENTRIES - 4):
+        keys["b"] -= 1.0
+        lowest.fell("b")
+    asked, rises = 0, 100
+    for _ in range(rises):
+        keys["a"] += 20.0
+        keys["b"] += 20.0
+        assert lowest.lowest() == (keys["a"], "a")
+    assert asked <= 4 * rises
