@@ -1,7 +1,8 @@
 """The most that something rose by in a second, from readings of its total; no clock of its own.
 
-Rule: a rate is over `WINDOW_S` at least, so that two readings in quick succession are no peak, and over not much more: what
-is given within a stale interval is what the fairness bound asks for.
+Rule: a rate is over `WINDOW_S` at least, so that two readings in quick succession are no peak, and of all times from one
+reading to another the highest counts: what is given within a stale interval is what the fairness bound asks for. Times of
+more than two windows are left out where they can be divided, for a part has at least two thirds of their rate.
 """
 
 from collections import deque
@@ -22,7 +23,7 @@ class PeakRate:
         if readings and total < readings[-1][1]:
             readings.clear()
         readings.append((now_s, total))
-        while len(readings) > 2 and now_s - readings[1][0] >= WINDOW_S:
+        while len(readings) > 2 and now_s - readings[1][0] >= 2.0 * WINDOW_S:
             readings.popleft()
-        first_s, first = readings[0]
-        self.per_s = max(self.per_s, (total - first) / max(WINDOW_S, now_s - first_s))
+        highest = max((total - before) / max(WINDOW_S, now_s - then_s) for then_s, before in readings)
+        self.per_s = max(self.per_s, highest)
