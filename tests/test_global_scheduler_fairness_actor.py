@@ -7,7 +7,9 @@ engines' real accounts. `-s` prints after how many seconds it was back.
 
 import asyncio
 import os
+import random
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,18 +123,46 @@ def test_killed_it_is_back_with_its_state_and_no_token_is_lost_or_counts_twice(a
     a.serve("f", 11)
     exchange(actor, a)  # told, and perhaps not stored
     before = status(actor)
-    os.kill(before["pid"], signal.SIGKILL)
-    killed_s = time.monotonic()
     b.serve("f", 5)
+    after, seconds = killed(actor, before["pid"])
+    print(f"\nback after {seconds:.2f} s")
+    assert_it_goes_on(actor, before, after, a, b)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_at_any_moment_it_counts_nothing_twice_and_loses_nothing(actor: Any) -> None:
+    rng, a, b, total, back_s = random.Random(0), Replica("a"), Replica("b"), 0, []
+    for _ in range(20):
+        for replica in (a, b):
+            num = rng.randrange(1, 50)
+            replica.serve("f", num)
+            total += num
+            if rng.random() < 0.7:
+                exchange(actor, replica)
+        time.sleep(rng.random())  # wherever it is between two times at which it stores
+        after, seconds = killed(actor, status(actor)["pid"])
+        back_s.append(seconds)
+        for pool in after["pools"].values():
+            assert sum(one["delivered"]["num_output_tokens"] for one in pool["tenants"]) <= total
+        for _ in range(3):
+            for replica in (a, b):
+                exchange(actor, replica)
+        assert tokens(actor, "f") == total
+    print(f"\nback after {statistics.median(back_s):.2f} s in the median of 20 kills, {max(back_s):.2f} s at most")
+
+
+def killed(actor: Any, pid: int) -> tuple[dict[str, Any], float]:
+    """Kill it; returns its status when it is back, and after how many seconds that was."""
+    import ray
+
+    os.kill(pid, signal.SIGKILL)
+    killed_s = time.monotonic()
     while True:
         try:
-            after = status(actor)
-            break
+            return status(actor), time.monotonic() - killed_s
         except ray.exceptions.RayError:
             assert time.monotonic() - killed_s < WAIT_S, "it does not come back"
             time.sleep(0.05)
-    print(f"\nback after {time.monotonic() - killed_s:.2f} s")
-    assert_it_goes_on(actor, before, after, a, b)
 
 
 def test_who_exchanges_goes_on_through_a_kill(actor: Any) -> None:
