@@ -87,6 +87,7 @@ class MemoryView:
         shares = bool(blocks) and blocks[0].ref_cnt > 1
         num_shared = bisect_left(blocks, True, key=lambda block: block.ref_cnt <= 1) if shares else 0
         num_blocks = -(-request.num_computed_tokens // self._block_size)
+        num_host_blocks, num_host_slots = host.room_of(tenant, request.request_id) if host else (0, 0)
         return Candidate(
             request_id=request.request_id,
             tenant=tenant,
@@ -97,8 +98,8 @@ class MemoryView:
             num_surviving_tokens=min(
                 max(num_shared, int(survival * num_blocks)) * self._block_size, request.num_computed_tokens
             ),
-            num_host_blocks=host.num_retained_blocks(request.request_id) if host else 0,
-            num_host_slots=host.num_available_slots(tenant, request.request_id) if host else 0,
+            num_host_blocks=num_host_blocks,
+            num_host_slots=num_host_slots,
             num_remaining_tokens=remaining_tokens(stamp, request.num_output_tokens, request.max_tokens),
             num_preemptions=request.num_preemptions,
             # A resumable session's tokens may be replaced, so that its blocks in host memory would be another text's.
