@@ -113,9 +113,9 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
             raise
         report |= partial_of(experiments, tasks)
     finally:
-        pool.shutdown(wait=len(experiments) == len(tasks), cancel_futures=True)
         for process in set(active_children()) - others if len(experiments) < len(tasks) else ():
             process.terminate()  # one that works on what nobody waits for any more
+        pool.shutdown(cancel_futures=True)  # its own thread reaps them: whoever reaps beside it may see them alive
     report["unexpected"] = [
         f"{one.name}, {arm}" for one in chosen for arm, seen in experiments.get(one.name, {}).items()
         if seen["fairness"]["broken"] != (arm in one.breaks)

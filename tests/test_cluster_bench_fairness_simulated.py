@@ -75,9 +75,7 @@ def test_ctrl_c_keeps_the_experiments_that_are_done(
     assert (report["partial"], report["partial_done"], report["partial_of"]) == (True, 1, 2)
     (name,) = report["experiments"]
     assert name in capsys.readouterr().out
-    for worker in set(active_children()) - before:
-        worker.join(30)
-    assert set(active_children()) <= before
+    assert set(active_children()) <= before, "no worker is left when the command ends"
 
 
 @pytest.mark.parametrize(
