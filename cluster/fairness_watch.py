@@ -167,7 +167,7 @@ def _add(sums: dict[str, Served], tenant: str, served: Served) -> None:
 
 def bound_of(
     settings: SimulatedSettings, times: StepTimes, *, num_replicas: int, lengths: Collection[tuple[int, int]],
-    interval_s: float, round_trip_s: float, away_s: float = 0.0, granted_service: float = 0.0,
+    interval_s: float, round_trip_s: float, away_s: float = 0.0, absent_s: float = 0.0, granted_service: float = 0.0,
 ) -> FairnessBound:  # fmt: skip
     """The stated bound of such replicas, with pool tokens as M.
 
@@ -177,6 +177,7 @@ def bound_of(
         interval_s: Between two reports of a replica.
         round_trip_s: From a report to its answer.
         away_s: For how long the scheduler is away.
+        absent_s: Until a replica hears of who is absent there, beyond the interval.
         granted_service: What a tenant may be ahead by and still pass a request that does not fit.
     """
     shortest = min(prompt for prompt, _ in lengths)
@@ -188,7 +189,8 @@ def bound_of(
     )  # fmt: skip
     return fairness_bound(
         [limits] * num_replicas, max_input_tokens=max(prompt for prompt, _ in lengths), interval_s=interval_s,
-        round_trip_s=round_trip_s, away_s=away_s, num_granted_tokens=granted_service / UNIT.output_weight,
+        round_trip_s=round_trip_s, away_s=away_s, absent_s=absent_s,
+        num_granted_tokens=granted_service / UNIT.output_weight,
     )  # fmt: skip
 
 

@@ -19,9 +19,12 @@ from cluster.simulated_replica import LOCAL, ReplicaBuilder, ReplicaKind
 from cluster.simulated_share import ShareSettings, SimulatedShare
 from cluster.simulation import Simulation
 from cluster.tenant_routing import Places, TenantRouter, parse_pin
+from cost_service.charges import SYSTEM
 from cost_service.output_length import OutputLength
 from cost_service.traces import TraceRequest
 from global_scheduler.bound import FairnessBound
+from global_scheduler.fair_share import absent_answers
+from global_scheduler.fairness_service import interval_s
 from global_scheduler.max_min import max_min_levels
 from replicas.admission import AdmissionSettings
 
@@ -49,16 +52,23 @@ class SimulatedCluster:
         most = self.autoscaling.settings.max_replicas if self.autoscaling is not None else 0
         return max(self.num_replicas, *(num for _, num in self.disturbances.scale), most)
 
+    @property
+    def interval_s(self) -> float:
+        """Between two reports of a replica."""
+        return self.share.interval_s or interval_s(self.most_replicas)
+
     def bound(self, kind: ReplicaKind, requests: Sequence[TraceRequest], *, away_s: float = 0.0) -> FairnessBound:
         """The stated bound of these requests on these replicas.
 
         Args:
             away_s: For how long the scheduler is away.
         """
-        lengths = {(one.prompt_tokens, one.output_tokens) for one in requests}
+        lengths, num_tenants = set[tuple[int, int]](), len({one.tenant for one in requests} | {SYSTEM})
+        lengths.update((one.prompt_tokens, one.output_tokens) for one in requests)
         return bound_of(
             kind.settings, kind.times, num_replicas=self.most_replicas, lengths=lengths,
-            interval_s=self.share.interval_s, round_trip_s=2.0 * self.disturbances.report_delay_s, away_s=away_s,
+            interval_s=self.interval_s, round_trip_s=2.0 * self.disturbances.report_delay_s, away_s=away_s,
+            absent_s=(absent_answers(num_tenants) - 1) * self.interval_s,
             granted_service=AdmissionSettings().bypass_service,
         )  # fmt: skip
 
@@ -90,7 +100,7 @@ class SimulatedCluster:
         return Simulation(
             ReplicaBuilder(kind), num_replicas=self.num_replicas,
             router=TenantRouter(router, self.pins) if self.pins else router, done=done,
-            disturbances=self.disturbances, exchange=exchange, report_interval_s=self.share.interval_s,
+            disturbances=self.disturbances, exchange=exchange, report_interval_s=self.interval_s,
             lengths=lengths, watch=watch, num_users=self.num_users, scaler=scaler, check=check,
         )  # fmt: skip
 
@@ -106,7 +116,10 @@ class SimulatedCluster:
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that say how replicas are reached and how they exchange."""
     add = parser.add_argument
-    add("--sync-interval-s", type=float, default=0.1, help="fair: between two reports of a replica (default: 0.1)")
+    add(
+        "--sync-interval-s", type=float,
+        help="fair: between two reports of a replica (default: what the fairness actor asks of so many: 0.1 up to 100)",
+    )  # fmt: skip
     add("--report-delay-s", type=float, default=0.0, help="fair: a report's and an answer's mean delay (default: 0)")
     add("--report-loss", type=float, default=0.0, help="fair: share of reports and answers that are lost (default: 0)")
     add(

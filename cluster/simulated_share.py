@@ -22,8 +22,8 @@ from global_scheduler.fair_share import FairShare
 class ShareSettings:
     """The scheduler and how it is reached."""
 
-    interval_s: float = 0.1
-    """Between two reports of a replica."""
+    interval_s: float | None = None
+    """Between two reports of a replica; None: as the product asks of so many."""
 
     away: tuple[float, float] | None = None
     """From when to when it is away."""
@@ -32,7 +32,7 @@ class ShareSettings:
     """Between two stored states; None: nothing is stored."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.interval_s < math.inf:
+        if self.interval_s is not None and not 0.0 < self.interval_s < math.inf:
             raise ValueError(f"--sync-interval-s must be above 0 and finite: it is {self.interval_s}.")
         if self.away is not None and not 0.0 <= self.away[0] < self.away[1]:
             raise ValueError("--fairness-away must be FROM:TO, seconds from 0 on, the second after the first.")
@@ -50,6 +50,7 @@ class _Message:
     report: Report
     known: Mapping[str, float] | None
     version: int
+    absent_version: int
     life: int
 
 
@@ -67,6 +68,7 @@ class _Heard:
     """What one life of a replica has heard."""
 
     version: int = 0
+    absent_version: int = 0
     life: int = -1
     tells_everything: bool = True
     answered: int = field(default=0)
@@ -112,7 +114,7 @@ class SimulatedShare:
             replica=_name(replica), epoch=str(replica.epoch), sequence=fair.core.sequence, accounts=accounts
         )  # fmt: skip
         known = dict(fair.core.service.known()) if heard.tells_everything else None
-        return _Message(report, known, heard.version, heard.life)
+        return _Message(report, known, heard.version, heard.absent_version, heard.life)
 
     def read(self, message: _Message, now_s: float) -> _Reply | None:
         """See `Exchange`."""
@@ -126,8 +128,10 @@ class SimulatedShare:
         if message.life != self.life and message.known is None:
             return _Reply(0, self.life, None)
         self.share.take(report, known=message.known)
-        since = message.version if message.life == self.life else 0
-        answer = self.share.answer(report.replica, report.epoch, since=since)
+        since, absent_since = (message.version, message.absent_version) if message.life == self.life else (0, 0)
+        answer = self.share.answer(
+            report.replica, report.epoch, since=since, absent_since=absent_since, named=report.accounts
+        )  # fmt: skip
         return _Reply(report.sequence, self.life, answer)
 
     def learn(self, replica: Replica, answer: _Reply) -> None:
@@ -141,7 +145,8 @@ class SimulatedShare:
             return
         if answer.life == heard.life and answer.answered <= heard.answered:
             return  # a younger one was faster
-        heard.life, heard.answered, heard.version = answer.life, answer.answered, answer.answer.version
+        heard.life, heard.answered = answer.life, answer.answered
+        heard.version, heard.absent_version = answer.answer.version, answer.answer.absent_version
         heard.tells_everything = False
         fair.core.learn(answer.answer.shares, answered=answer.answered)
 

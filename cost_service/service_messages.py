@@ -179,7 +179,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica is told at an interval."""
 
     version: int
-    """To be named when it reports next."""
+    """Of tenants that are present at the replica; to be named when it reports next."""
+
+    absent_version: int
+    """The same of those who are absent there."""
 
     shares: list[Share]
 
@@ -251,6 +254,9 @@ class FairnessReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     version: int = 0
     """That it has of that life."""
 
+    absent_version: int = 0
+    """The same of tenants that are absent there."""
+
     def checked(self) -> Report:
         """Return the engine's report if all numbers are possible.
 
@@ -282,6 +288,7 @@ class FairnessAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Of the scheduler; versions of another life mean nothing."""
 
     version: int
+    absent_version: int
     shares: list[Share]
     answered: int
     """Sequence of the report that was taken; 0 for none."""

@@ -26,6 +26,9 @@ For two tenants f, g that wait all the time, both served by all of the replicas,
   everywhere: at a replica at which both f and g wait, its own counters see all that it serves, and hold them together as
   ever (within its part of U). Unseen is what f gets where g does not wait. g waits at one replica at least, so S' is S
   without the slowest replica. Replicas that never hear of each other are no case of it: nothing bounds them.
+- absent: seconds until a replica hears of a tenant that is not there, where there are many (`fair_share.py`). f that comes
+  to a replica is ordered by a counter that lacks what it got elsewhere in that time, and may do so again and again: the
+  same S'.
 - What predictions hold in advance is part of the key by which tenants are chosen, but not service. It is at most w_q * M if
   predictions are clipped to what a request may generate, and within U.
 - A tenant that can use only some of the replicas is held to its max-min share: `max_min.py` says whom it is compared with.
@@ -78,8 +81,8 @@ class FairnessBound:
     stale_service: float
     """epsilon, of engines that queue by themselves"""
 
-    away_service: float
-    """S' * away, of the time in which the scheduler is away; 0 where it is not"""
+    unheard_service: float
+    """S' * (away + absent), of the time in which replicas do not hear of others, or of who is absent there"""
 
     decode_stale_service: float
     """epsilon, were admissions charged centrally; no part of the bound"""
@@ -89,13 +92,13 @@ class FairnessBound:
     @property
     def unit(self) -> float:
         """U + epsilon: what one tenant at weight 1 can be ahead."""
-        return max(self.prompt_service, self.memory_service) + self.stale_service + self.away_service
+        return max(self.prompt_service, self.memory_service) + self.stale_service + self.unheard_service
 
     @property
     def worst(self) -> float:
         """The same in the worst case, refills included."""
         memory_service = self.memory_service + self.refill_service
-        return max(self.prompt_service, memory_service) + self.stale_service + self.away_service
+        return max(self.prompt_service, memory_service) + self.stale_service + self.unheard_service
 
     def pair(self, weight_f: float, weight_g: float) -> float:
         """The bound of two tenants' difference of normalised service."""
@@ -107,7 +110,7 @@ class FairnessBound:
             f"U = max(prompt {self.prompt_service:.0f}, memory {self.memory_service:.0f}"
             f" [M = {self.num_memory_tokens} tokens, victims: {self.victims.value}])"
             f" + stale {self.stale_service:.0f} [decode alone {self.decode_stale_service:.0f}]"
-            f" + away {self.away_service:.0f} = {self.unit:.0f}; weights 1: {self.pair(1.0, 1.0):.0f};"
+            f" + unheard {self.unheard_service:.0f} = {self.unit:.0f}; weights 1: {self.pair(1.0, 1.0):.0f};"
             f" with refills {self.refill_service:.0f}: {self.worst:.0f}"
         )
 
@@ -115,7 +118,7 @@ class FairnessBound:
 def fairness_bound(
     replicas: Sequence[ReplicaLimits], *, max_input_tokens: int, interval_s: float, round_trip_s: float,
     input_weight: float = 1.0, output_weight: float = 2.0, num_granted_tokens: float = 0.0,
-    away_s: float = 0.0, victims: VictimRule = VictimRule.MOST_SERVED,
+    away_s: float = 0.0, absent_s: float = 0.0, victims: VictimRule = VictimRule.MOST_SERVED,
 ) -> FairnessBound:  # fmt: skip
     """Compute the bound for tenants that all of these replicas serve.
 
@@ -125,6 +128,7 @@ def fairness_bound(
         round_trip_s: RTT, from a report to its answer.
         num_granted_tokens: B.
         away_s: The longest time for which the scheduler is away.
+        absent_s: The longest time until a replica hears of who is absent there, beyond the interval.
 
     Raises:
         ValueError: A weight or limit makes the bound meaningless; the message names it.
@@ -136,6 +140,7 @@ def fairness_bound(
         ("round_trip_s", round_trip_s),
         ("num_granted_tokens", num_granted_tokens),
         ("away_s", away_s),
+        ("absent_s", absent_s),
     ):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} is {value!r}; it must be a number from 0 on.")
@@ -152,7 +157,7 @@ def fairness_bound(
         num_memory_tokens=num_memory_tokens,
         refill_service=output_weight * max(0.0, num_refilled - num_memory_tokens),
         stale_service=(2.0 * interval_s + round_trip_s) * sum(services_per_s),
-        away_service=away_s * (sum(services_per_s) - min(services_per_s, default=0.0)),
+        unheard_service=(away_s + absent_s) * (sum(services_per_s) - min(services_per_s, default=0.0)),
         decode_stale_service=output_weight
         * (interval_s + round_trip_s)
         * sum(each.max_decode_tokens_per_s for each in replicas),

@@ -7,20 +7,40 @@ Rules:
   elsewhere. An answer may be lost or repeated; a replica adds what it has served beyond.
 - A new epoch of a replica takes the old one's place: nobody waits or runs there any more but those whom it names.
 - Answers hold what changed since the version that the replica has; a replica of another life has version 0 and gets all.
+- Of tenants that wait or run at a replica, or that its report names, it is told in every answer. Of the absent it is told at
+  once while few of them change, else in every `ABSENT_EVERY`th answer: whoever comes then is ordered by what was known of it
+  so many intervals ago, until the next answer. So an answer is as large as a replica is, and not as the cluster.
 - A stored state says who waits where, too: nobody is lifted because the scheduler was away. Totals since then are charged:
   nothing is lost and nothing counts twice, however old it is.
 - After a loss of all state, the first reports carry what each replica knew of the counters: the highest word is taken, and
   the totals of that report are a beginning, not a charge. So at most the others' service since their last answer is lost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from cost_service.charges import MAX_COUNT, NOTHING, SYSTEM, Account, ServiceUnit
 from cost_service.lowest import SPARE_ENTRIES
 from cost_service.service_messages import AccountReport, Answer, Known, Report, Share
 from global_scheduler.counters import FairCounters
-from global_scheduler.ledger import ABSENT, Ledger
+from global_scheduler.epoch import Epoch
+from global_scheduler.ledger import ABSENT, NO_EPOCH, Ledger
+
+ABSENT_EVERY = 20
+"""Answers from one that tells of all who are absent to the next such."""
+
+MAX_ABSENT = 256
+"""Absent tenants that any answer may tell of."""
+
+
+@dataclass(slots=True)
+class _Told:
+    """What a replica was told of absent tenants: the version, and answers since."""
+
+    version: int = 0
+    num_since: int = 0
 
 
 class FairShare:
@@ -33,6 +53,8 @@ class FairShare:
         self.version = 0
         self._restored = False
         self._changed: dict[str, int] = {}  # tenants by the version of their last change
+        self._told: dict[str, _Told] = {}  # by replica
+        self._words: dict[str, Share] = {}  # what replicas are told that have served nothing of a tenant
         self._reserved: dict[str, dict[Account, float]] = {}  # service by replica
         self._reserved_at: dict[tuple[str, str], float] = {}  # sums by tenant and replica
         self._reserved_of: dict[str, float] = {}  # sums by tenant
@@ -43,12 +65,12 @@ class FairShare:
 
     def remove_replica(self, replica: str) -> None:
         """Nobody waits or runs there any more, and what was reserved there will not be served."""
+        touched = dict.fromkeys(account.tenant for account in self.ledger.present(replica))
         self.ledger.remove_replica(replica)
         self.counters.remove_replica(replica)
-        touched: dict[str, None] = {}
+        self._told.pop(replica, None)
         for account in list(self._reserved.get(replica, ())):
             self._reserve(replica, account, 0.0)
-            touched[account.tenant] = None
         self._reserved.pop(replica, None)
         self._touch(touched)
 
@@ -102,19 +124,34 @@ class FairShare:
         self.counters.fold()
         self._touch(touched)
 
-    def answer(self, replica: str, epoch: str, *, since: int) -> Answer:
-        """Return what has changed for a replica since a version that it has; 0 for everything.
+    @property
+    def absent_answers(self) -> int:
+        """Answers until a replica has heard of a change of who is absent there."""
+        return absent_answers(len(self._changed))
 
-        Its size is the number of tenants that any replica has reported since then: all that are active, at most.
+    def answer(
+        self, replica: str, epoch: str, *, since: int, absent_since: int | None = None, named: Iterable[Account] = ()
+    ) -> Answer:
+        """Return what has changed for a replica since versions that it has; 0 for everything.
+
+        Args:
+            since: Of tenants that are present there.
+            absent_since: Of those who are absent; None: the same.
+            named: Accounts in its last report.
         """
-        if since > self.version:  # a version of another life
-            since = 0
-        changed: list[str] = []
-        for tenant, version in reversed(self._changed.items()):
-            if version <= since:
-                break
-            changed.append(tenant)
-        return Answer(version=self.version, shares=self._shares(changed, replica, epoch))
+        absent_since = since if absent_since is None else absent_since
+        if max(since, absent_since) > self.version:  # a version of another life
+            since = absent_since = 0
+        names = self._changed_at(replica, named, since)
+        absent = self._changed_elsewhere(replica, names, absent_since)
+        told = self._told.setdefault(replica, _Told())
+        told.num_since += 1
+        if absent is not None:
+            names.update(absent)
+            told.version, told.num_since, absent_since = self.version, 0, self.version
+        return Answer(
+            version=self.version, absent_version=absent_since, shares=self._shares(names, replica, epoch)
+        )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON values."""
@@ -138,6 +175,32 @@ class FairShare:
         """Assert what always holds; O(n)."""
         self.ledger.check()
         self.counters.check()
+
+    def _changed_at(self, replica: str, named: Iterable[Account], since: int) -> dict[str, None]:
+        """Tenants that have changed since a version and are at a replica, or are named."""
+        changed, present = self._changed, self.ledger.present(replica)
+        names = dict.fromkeys(account.tenant for account in named)
+        if 4 * len(present) < len(changed):
+            names |= dict.fromkeys(account.tenant for account in present)
+        else:  # the shorter way
+            places_of = self.counters.tenants.places_of
+            names |= {name: None for name in self._recent(since) if replica in places_of(name)}
+        return {name: None for name in names if changed.get(name, 0) > since}
+
+    def _changed_elsewhere(self, replica: str, here: Container[str], since: int) -> dict[str, None] | None:
+        """All others that have changed since a version; None if it is not the time to tell of so many."""
+        told = self._told.get(replica, _Told())
+        is_time = since == 0 or since < told.version or told.num_since + 1 >= ABSENT_EVERY  # or the last word was lost
+        others = (name for name in self._recent(since) if name not in here)
+        names = dict.fromkeys(others if is_time else islice(others, MAX_ABSENT + 1))
+        return names if is_time or len(names) <= MAX_ABSENT else None
+
+    def _recent(self, since: int) -> Iterator[str]:
+        """Tenants that have changed since a version, the last that changed first."""
+        for name, version in reversed(self._changed.items()):
+            if version <= since:
+                return
+            yield name
 
     def _note_presence(
         self, replica: str, lines: Mapping[Account, AccountReport], touched: dict[str, None], *, lifts: bool = True
@@ -170,29 +233,44 @@ class FairShare:
         for tenant in tenants:
             changed.pop(tenant, None)  # the last that changed stands last
             changed[tenant] = version
+            self._words.pop(tenant, None)
         if len(changed) > 2 * len(self.counters.tenants) + SPARE_ENTRIES:
             # whoever was forgotten is told anew when it returns, and its weight with it
             self._changed = {name: at for name, at in changed.items() if name in self.counters.tenants}
+            self._words = {name: share for name, share in self._words.items() if name in self._changed}
 
-    def _shares(self, names: list[str], replica: str, epoch: str) -> list[Share]:
-        """What a replica is told of tenants; for thousands of them in a second, so all that can be looked up before is."""
-        tenants, users_of, service = self.counters.tenants, self.counters.several_users, self.unit.service
-        totals, reserved_of, reserved_at = self.ledger.epoch(replica, epoch), self._reserved_of, self._reserved_at
+    def _shares(self, names: Iterable[str], replica: str, epoch: str) -> list[Share]:
+        """What a replica is told of tenants; for thousands of them in a second, so a word is made once for all replicas."""
+        totals, reserved_at, words = self.ledger.epoch(replica, epoch), self._reserved_at, self._words
         shares = []
         for name in names:
-            counter, weight = tenants.counter(name), tenants.weight(name)
-            if name in reserved_of:
-                counter += (reserved_of[name] - reserved_at.get((name, replica), 0.0)) / weight
-            total = totals.tenants.get(name)
-            known = Known(counter=counter, included=0.0 if total is None else service(total))
-            share = Share(tenant=name, known=known, weight=weight, waits=tenants.is_waiting(name))
-            users = users_of(name)
-            if users is not None and len(users) > 1:
-                for user in users:
-                    included = service(totals.totals.get(Account(name, user), NOTHING))
-                    share.users[user] = Known(counter=users.counter(user), included=included)
-            shares.append(share)
+            if name in totals.tenants or (name, replica) in reserved_at:
+                shares.append(self._share(name, totals, reserved_at.get((name, replica), 0.0)))
+            else:
+                if name not in words:
+                    words[name] = self._share(name, NO_EPOCH, 0.0)
+                shares.append(words[name])
         return shares
+
+    def _share(self, name: str, totals: Epoch, reserved: float) -> Share:
+        """What a replica is told of a tenant, of whom it has served and reserved so much itself."""
+        tenants, service = self.counters.tenants, self.unit.service
+        counter, weight = tenants.counter(name), tenants.weight(name)
+        if name in self._reserved_of:
+            counter += (self._reserved_of[name] - reserved) / weight
+        known = Known(counter=counter, included=service(totals.tenants.get(name, NOTHING)))
+        share = Share(tenant=name, known=known, weight=weight, waits=tenants.is_waiting(name))
+        users = self.counters.several_users(name)
+        if users is not None and len(users) > 1:
+            for user in users:
+                included = service(totals.totals.get(Account(name, user), NOTHING))
+                share.users[user] = Known(counter=users.counter(user), included=included)
+        return share
+
+
+def absent_answers(num_tenants: int) -> int:
+    """Answers until a replica has heard of a change of who is absent there, of so many tenants that are active."""
+    return 1 if num_tenants <= MAX_ABSENT else ABSENT_EVERY
 
 
 K = TypeVar("K")

@@ -136,10 +136,13 @@ class FairnessPool:
                 raise
             answered = told.sequence
         self._note_replica(told, now_s, stays_silent=is_back and wants_everything)
-        answer = self.share.answer(replica, told.epoch, since=told.version if told.life == life else 0)
+        since, absent_since = (told.version, told.absent_version) if told.life == life else (0, 0)
+        answer = self.share.answer(
+            replica, told.epoch, since=since, absent_since=absent_since, named=report.accounts
+        )  # fmt: skip
         return FairnessAnswer(
-            life=life, version=answer.version, shares=answer.shares, answered=answered,
-            wants_everything=wants_everything, interval_s=interval_s,
+            life=life, version=answer.version, absent_version=answer.absent_version, shares=answer.shares,
+            answered=answered, wants_everything=wants_everything, interval_s=interval_s,
         )  # fmt: skip
 
     def tick(self, now_s: float) -> None:
@@ -270,6 +273,7 @@ class FairnessPool:
             max_input_tokens=max(each.limits.max_tokens for each in live if each.limits is not None),
             # What an engine did lies with it for its own interval before it is told.
             interval_s=self._interval_s + ENGINE_INTERVAL_S, round_trip_s=max(each.round_trip_s for each in live),
+            absent_s=(self.share.absent_answers - 1) * self._interval_s,
             input_weight=self.share.unit.input_weight, output_weight=self.share.unit.output_weight,
             num_granted_tokens=max(each.bypass_service for each in live) / self.share.unit.output_weight,
             victims=VictimRule.MOST_SERVED if fair else VictimRule.LAST_COME,

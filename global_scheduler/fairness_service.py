@@ -109,8 +109,7 @@ class FairnessService:
     @property
     def interval_s(self) -> float:
         """Seconds between two reports of a replica."""
-        num_replicas = sum(pool.num_replicas for pool in self._pools.values())
-        return min(MAX_INTERVAL_S, max(INTERVAL_S, num_replicas * max(1.0 / MAX_CALLS_PER_S, self._cost_s / MAX_BUSY)))
+        return interval_s(sum(pool.num_replicas for pool in self._pools.values()), cost_s=self._cost_s)
 
     def exchange(self, data: bytes, now_s: float) -> bytes:
         """Take a `FairnessReport` and return its `FairnessAnswer`.
@@ -246,6 +245,11 @@ class FairnessService:
         for pool in self._pools.values():
             for tenant, weight in weights.items():
                 pool.set_weight(tenant, weight)
+
+
+def interval_s(num_replicas: int, *, cost_s: float = 0.0) -> float:
+    """Seconds between two reports of each of so many replicas, of which one costs the scheduler so much time."""
+    return min(MAX_INTERVAL_S, max(INTERVAL_S, num_replicas * max(1.0 / MAX_CALLS_PER_S, cost_s / MAX_BUSY)))
 
 
 def _decode(data: bytes) -> FairnessReport:

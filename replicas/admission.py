@@ -286,8 +286,7 @@ class RequestAdmission:
 
     def learn(self, shares: Iterable[Share], *, answered: int) -> None:
         """Take the cluster's word of tenants, and which report it has had."""
-        for share in shares:
-            self.service.learn(share)
+        self.service.learn(*shares)
         self.service.answered(answered)
 
     def waiting_tokens(self) -> dict[str, int]:

@@ -51,7 +51,7 @@ class FairnessExchange:
         self._totals: EngineTotals | None = None
         self._newest: ServiceReport | None = None
         self._everything: ServiceReport | None = None
-        self._life, self._version = "", 0
+        self._life, self._version, self._absent_version = "", 0, 0
         self._service, self._decode = PeakRate(), PeakRate()
         self._round_trip_s = 0.0
         self._num_unread = 0
@@ -110,7 +110,7 @@ class FairnessExchange:
             self._asked_s = now_s
         if not answer.wants_everything:
             self._asked_s = None
-            self._life, self._version = answer.life, answer.version
+            self._life, self._version, self._absent_version = answer.life, answer.version, answer.absent_version
 
     def _message(self, totals: EngineTotals, report: ServiceReport | None) -> FairnessReport:
         fair_victims = totals.admission == Admission.FAIR  # whatever the policy: see Preemptor.lead
@@ -125,6 +125,7 @@ class FairnessExchange:
             ),
             fair_victims=fair_victims, bypass_service=AdmissionSettings().bypass_service,
             round_trip_s=self._round_trip_s, life=self._life, version=self._version,
+            absent_version=self._absent_version,
         )  # fmt: skip
 
     def _sent(self, report: ServiceReport) -> None:
@@ -138,5 +139,5 @@ class FairnessExchange:
         """Forget what another life of the engine said."""
         if self._totals is not None and self._totals.epoch != epoch:
             self._totals = self._newest = self._everything = None
-            self._life, self._version, self._asked_s = "", 0, None
+            self._life, self._version, self._absent_version, self._asked_s = "", 0, 0, None
             self._service, self._decode = PeakRate(), PeakRate()

@@ -3,6 +3,8 @@
 Rules:
 - The key of a tenant is `counter + (total - included + held) / weight`: what the cluster last said, what this engine has
   served beyond it, and what the requests that it has admitted are still sure or predicted to get. A user's likewise.
+- The cluster's word of a tenant that has no request here is kept as it came and taken when the tenant is asked for: of
+  thousands of tenants few are here, and a step is not to wait for the others.
 - Service is charged as it is given, raw, to totals that only grow; a charge uses up what is held for the request first.
 - Who waits here and, as far as is known, nowhere else has come back: it is lifted to the least served who waits here, or to
   the last who did, until the cluster says what the lift is.
@@ -86,6 +88,7 @@ class TenantService:
         self._payers: dict[Account, _Payer] = {}
         self._holds: dict[str, _Hold] = {}
         self._waits_elsewhere: set[str] = set()
+        self._heard: dict[str, Share] = {}  # of tenants that have no request here
         self._dirty: dict[Account, None] = {}  # in order, so that the same history gives the same reports
         self._unanswered: dict[Account, int] = {}  # the first report that says how an account is now
         self._taken: set[str] = set()  # requests that were taken out in this step
@@ -112,10 +115,13 @@ class TenantService:
         if user not in users:
             user = user if len(users) - (OTHER_USERS in users) < self.max_users else OTHER_USERS
             users.setdefault(user, Standing())
+        self._take_heard(tenant)
         return Account(tenant, user)
 
     def tenant_key(self, tenant: str) -> float:
         """Normalised service of a tenant: lower goes first."""
+        if tenant in self._heard:
+            self._take_heard(tenant)
         return self._tenants.key(tenant)
 
     def user_key(self, account: Account) -> float:
@@ -204,8 +210,23 @@ class TenantService:
         """Count a recomputation or a swap."""
         self.charge("", Account(SYSTEM), served)
 
-    def learn(self, share: Share) -> None:
-        """Take the cluster's word of a tenant."""
+    def learn(self, *shares: Share) -> None:
+        """Take the cluster's word of tenants."""
+        heard, num_waiting, num_running = self._heard, self._tenants.num_waiting, self._num_running
+        for share in shares:
+            tenant = share.tenant
+            if tenant in num_waiting or num_running.get(tenant) or tenant == self._tenants.last:
+                self._take(share)
+            else:
+                heard[tenant] = share
+        while len(heard) > self.max_tenants:
+            del heard[next(iter(heard))]
+
+    def _take_heard(self, tenant: str) -> None:
+        if (share := self._heard.pop(tenant, None)) is not None:
+            self._take(share)
+
+    def _take(self, share: Share) -> None:
         confirmed = share.waits
         self._use(share.tenant)
         (self._waits_elsewhere.add if share.waits else self._waits_elsewhere.discard)(share.tenant)
@@ -235,9 +256,11 @@ class TenantService:
 
     def known(self) -> Mapping[str, float]:
         """Counters by tenant as this engine knows them, for a scheduler that has lost its own."""
-        return {
-            name: standing.key - standing.held / standing.weight for name, standing in self._tenants.standings.items()
-        }
+        standings = self._tenants.standings
+        for name in [name for name in self._heard if name in standings]:
+            self._take_heard(name)
+        here = {name: standing.key - standing.held / standing.weight for name, standing in standings.items()}
+        return {name: share.known.counter for name, share in self._heard.items()} | here
 
     def totals(self) -> Mapping[Account, Served]:
         """All that was given since the engine started."""

@@ -47,9 +47,11 @@ def test_a_time_without_the_scheduler_counts_what_all_replicas_but_one_can_give_
     away = fairness_bound([REPLICA] * 4, max_input_tokens=256, interval_s=0.1, round_trip_s=0.0, away_s=30.0)
     assert away.unit == here.unit + 30.0 * 3 * 2000.0
     assert away.worst == here.worst + 30.0 * 3 * 2000.0
-    assert "away 180000" in str(away)
+    assert "unheard 180000" in str(away)
+    late = fairness_bound([REPLICA] * 4, max_input_tokens=256, interval_s=0.1, round_trip_s=0.0, absent_s=30.0)
+    assert late == away, "who is absent may be as far ahead"
     alone = fairness_bound([REPLICA], max_input_tokens=256, interval_s=0.1, round_trip_s=0.0, away_s=30.0)
-    assert alone.away_service == 0.0, "one replica sees all by itself"
+    assert alone.unheard_service == 0.0, "one replica sees all by itself"
 
 
 def test_with_vllms_own_victims_memory_does_not_bound_a_leader() -> None:
@@ -222,7 +224,7 @@ UNIT = FairnessBound(
     memory_service=100.0,
     num_memory_tokens=50,
     refill_service=0.0,
-    away_service=0.0,
+    unheard_service=0.0,
     stale_service=0.0,
     decode_stale_service=0.0,
     victims=VictimRule.MOST_SERVED,

@@ -368,7 +368,7 @@ def test_ten_thousand_tenants_cost_microseconds_and_bounded_memory() -> None:
         memory_service=1e9,
         num_memory_tokens=1,
         refill_service=0.0,
-        away_service=0.0,
+        unheard_service=0.0,
         stale_service=0.0,
         decode_stale_service=0.0,
         victims=VictimRule.MOST_SERVED,
