@@ -1,9 +1,10 @@
 """`python -m cluster bench-fairness-actor`: how many reports of replicas the fairness scheduler's object merges on one core.
 
 Method: every report is bytes, decoded, checked, merged and answered in bytes (JSON), for each number of replicas in turn; in
-each, `CHANGED` accounts have changed, drawn alike from all tenants, of whom two in three wait there. That is the worst for
-an answer: no tenant is likelier to come up again, so that each replica is told of all that the others report in an
-interval. Processor time of the object alone; memory of the whole process, the replicas' own totals included.
+each, `CHANGED` accounts have changed, drawn alike from all tenants, and those that came first leave while more than
+`--present` are there. Where all tenants are at every replica (`--present` as many as `--tenants`) a replica is told of all
+that the others report in an interval: that is the worst for an answer. Processor time of the object alone; memory of the
+whole process, the replicas' own totals included.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import random
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
@@ -39,12 +42,14 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     epoch: str
     sequence: int
     since: int
+    absent_since: int
     accounts: list[Line]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--tenants", type=int, default=10_000, help="tenants that take turns (default: 10000)")
+    parser.add_argument("--present", type=int, default=200, help="tenants that are at a replica at once (default: 200)")
     parser.add_argument("--reports", type=int, default=4_000, help="reports per number of replicas (default: 4000)")
     parser.add_argument(
         "--memory-reports", type=int, default=100_000, help="reports after which memory is read; 0: none"
@@ -54,20 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print; 0, 2 for a wrong option, 130 when interrupted."""
-    if options.tenants < CHANGED or options.reports < 1 or options.memory_reports < 0:
-        print(f"Error: --tenants must be at least {CHANGED}, --reports at least 1.", file=sys.stderr)
+    if min(options.tenants, options.present) < CHANGED or options.reports < 1 or options.memory_reports < 0:
+        print(f"Error: --tenants must be at least {CHANGED}, --present too, --reports at least 1.", file=sys.stderr)
         return 2
     figures: list[dict[str, float]] = []
     print(f"{'replicas':>8}{'reports/s':>11}{'wanted/s':>10}{'tenants/answer':>16}{'bytes/answer':>14}")
     try:
         for num_replicas in REPLICAS:
-            figures.append(one := measure(num_replicas, options.tenants, options.reports))
+            load = _Load(num_replicas, options.tenants, options.present)
+            figures.append(one := measure(load, num_replicas, options.reports))
             print(
                 f"{num_replicas:>8}{one['reports_per_s']:>11.0f}{num_replicas / INTERVAL_S:>10.0f}"
                 f"{one['tenants_per_answer']:>16.1f}{one['bytes_per_answer']:>14.0f}", flush=True,
             )  # fmt: skip
         if options.memory_reports:
-            figures.append(memory := held(options.tenants, options.memory_reports))
+            load = _Load(16, options.tenants, options.present)
+            figures.append(memory := held(load, options.memory_reports))
             print(
                 f"after {options.memory_reports} reports of 16 replicas: {memory['mib_at_last']:.0f} MiB,"
                 f" {memory['mib_at_half']:.0f} MiB after half of them; peak of all runs {memory['peak_mib']:.0f} MiB"
@@ -80,9 +87,9 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(num_replicas: int, num_tenants: int, num_reports: int) -> dict[str, float]:
+def measure(load: "_Load", num_replicas: int, num_reports: int) -> dict[str, float]:
     """Reports a second of processor time, and what an answer holds."""
-    share, load = _share(num_replicas), _Load(num_replicas, num_tenants)
+    share = _share(num_replicas)
     share.take(load.first())
     for _ in load.run(share, 2 * num_replicas):  # so that every replica has been told all, once
         pass
@@ -97,9 +104,9 @@ def measure(num_replicas: int, num_tenants: int, num_reports: int) -> dict[str, 
     }  # fmt: skip
 
 
-def held(num_tenants: int, num_reports: int) -> dict[str, float]:
+def held(load: "_Load", num_reports: int) -> dict[str, float]:
     """Memory of the process with 16 replicas at half-time and at last, and its peak, in MiB."""
-    share, load = _share(16), _Load(16, num_tenants)
+    share = _share(16)
     share.take(load.first())
     resident = []
     for number, _ in enumerate(load.run(share, num_reports)):
@@ -121,11 +128,13 @@ def _share(num_replicas: int) -> FairShare:
 class _Load:
     """Replicas in turn, each with the totals that its engine would have."""
 
-    def __init__(self, num_replicas: int, num_tenants: int) -> None:
+    def __init__(self, num_replicas: int, num_tenants: int, num_present: int) -> None:
         self._chance = random.Random(1)
         self._accounts = [Account(f"tenant-{number:06}", f"user-{number:06}") for number in range(num_tenants)]
         self._totals: list[dict[int, list[int]]] = [{} for _ in range(num_replicas)]
-        self._versions = [0] * num_replicas
+        self._versions = [(0, 0)] * num_replicas
+        self._num_present = num_present
+        self._here: list[deque[int]] = [deque() for _ in range(num_replicas)]
         self._sequence = 0
         self._encoder, self._decoder = msgspec.json.Encoder(), msgspec.json.Decoder(_Message)
 
@@ -146,25 +155,39 @@ class _Load:
                 replica=message.replica, epoch=message.epoch, sequence=message.sequence, accounts=dict(message.accounts)
             )
             share.take(report)
-            answer = share.answer(message.replica, message.epoch, since=message.since)
+            answer = share.answer(
+                message.replica, message.epoch, since=message.since, absent_since=message.absent_since,
+                named=report.accounts,
+            )  # fmt: skip
             answered = self._encoder.encode(answer)
             took_ns = time.process_time_ns() - began_ns
-            self._versions[number] = answer.version
+            self._versions[number] = answer.version, answer.absent_version
             yield took_ns * 1e-9, len(answer.shares), len(answered)
 
     def _message(self, number: int) -> _Message:
-        totals, chance, lines = self._totals[number], self._chance, []
-        for index in chance.sample(range(len(self._accounts)), CHANGED):
+        totals, chance, here, lines = (
+            self._totals[number],
+            self._chance,
+            self._here[number],
+            dict[Account, AccountReport](),
+        )
+        num_leaving = CHANGED // 2 if len(here) + CHANGED > self._num_present else 0
+        leaving = {here.popleft() for _ in range(min(num_leaving, len(here)))}
+        coming = (index for index in chance.sample(range(len(self._accounts)), CHANGED) if index not in leaving)
+        for index in islice(chain(leaving, coming), CHANGED):
             total = totals.setdefault(index, [0, 0, 0, 0])
             for part, most in enumerate((200, 20, 100, 5000)):
                 total[part] += chance.randrange(most)
-            line = AccountReport(
+            lines[self._accounts[index]] = AccountReport(
                 served=Served(*total),
-                num_waiting=chance.randrange(3),
-                num_running=1,
-                reserved=float(chance.randrange(3)),
+                num_waiting=chance.randrange(3) if index not in leaving else 0,
+                num_running=int(index not in leaving),
+                reserved=float(chance.randrange(3)) if index not in leaving else 0.0,
             )
-            lines.append((self._accounts[index], line))
+            if index not in leaving and self._num_present < len(self._accounts):
+                here.append(index)
+        since, absent_since = self._versions[number]
         return _Message(
-            replica=f"r{number}", epoch="e", sequence=self._sequence, since=self._versions[number], accounts=lines
-        )
+            replica=f"r{number}", epoch="e", sequence=self._sequence, since=since, absent_since=absent_since,
+            accounts=list(lines.items()),
+        )  # fmt: skip

@@ -150,6 +150,10 @@ ACROSS = (
         disturbances=Disturbances(scale=((30.0, 4), (70.0, 2))),
     ),
     *(_pinned(f"synchronised every {s:g} s", share=ShareSettings(interval_s=s)) for s in (0.05, 0.5, 2.0, 5.0, 20.0)),
+    Experiment(
+        name="500 tenants, few at a replica", num_replicas=4, arms=THREE, breaks=(FIRST_COME,),
+        streams=(_tenant("f", 1.7), _tenant("crowd", 1.7, tenants=500, zipf=1.0)),
+    ),
     Experiment(name="a tenant as 1 user", streams=(_tenant("f", 1.3), _tenant("g", 1.3)), arms=(FAIR,)),
     Experiment(
         name="a tenant as 20 users", streams=(_tenant("f", 1.3), _tenant("g", 1.3)), arms=(FAIR,), num_users={"f": 20},
