@@ -2,7 +2,7 @@
 
 Preemption: pricing the candidates (their table is built already), building the table, and reading the views of all running
 requests out of vLLM's own blocks and requests. Admission: letting one more request wait, and choosing and taking out who is
-next, with few and with many who wait, of one tenant and of a thousand. Placement: hashing a prompt's beginning, and choosing
+next, with few and with many who wait, of one tenant and of a thousand; reading what the cluster says of tenants. Placement: hashing a prompt's beginning, and choosing
 among replicas that tell of the backlogs of as many tenants as they name at most.
 """
 
@@ -24,11 +24,13 @@ from cost_service.learner import BLOCK_KNOTS, TOKEN_KNOTS
 from cost_service.model_shape import SEVEN_BILLION
 from cost_service.prompt_text import BYTES_PER_TOKEN
 from cost_service.result_file import write_json
-from cost_service.service_messages import MAX_BACKLOG_TENANTS, ReplicaLoad
+from cost_service.service_messages import MAX_BACKLOG_TENANTS, Known, ReplicaLoad, Share
 from global_scheduler.placement import Placement
 from global_scheduler.prefix_homes import Mark, prompt_marks
+from replicas.admission import RequestAdmission
 from replicas.fair_queue import FairQueue, Waiting
 from replicas.host_pool import HostBlockPool
+from replicas.messages import SetShares, decode_to_engine, encode
 from replicas.preemption import AdaptivePolicy
 from replicas.preemption_cost import Candidate, CandidateTable, Pressure
 from replicas.request_stamp import make_stamp
@@ -99,7 +101,27 @@ def measure(num_candidates: int, num_requests: int, num_tokens: int, num_replica
             name = f"of {num_waiting:,} waiting, {min(num_waiting, num_tenants):,} tenants"
             added, taken = queue_us(num_waiting, num_tenants)
             decisions |= {f"fair queue, add: {name}": added, f"fair queue, peek and pop: {name}": taken}
+    for num_tenants in (200, 10_000):
+        for where in ("present", "absent"):
+            decisions[f"an engine hears of {num_tenants:,} {where} tenants"] = hearing_us(num_tenants, where=where)
     return decisions
+
+
+def hearing_us(num_tenants: int, *, where: str) -> float:
+    """Median microseconds in which an engine reads and takes what the cluster says of tenants that are present or absent."""
+    admission, names = RequestAdmission(), [f"tenant-{number}" for number in range(num_tenants)]
+    for name in names if where == "present" else ():
+        admission.add(name, tenant=name, arrival_s=0.0, service_s=1.0, num_prompt_tokens=100)
+    known = Known(counter=1e6, included=0.0)
+    shares = [Share(tenant=name, known=known, weight=1.0, waits=True) for name in names]
+    data = encode(SetShares(shares=shares, answered=1))
+
+    def hear() -> None:
+        message = decode_to_engine(data)
+        assert isinstance(message, SetShares)
+        admission.learn(message.shares, answered=message.answered)
+
+    return median_us(hear)
 
 
 def queue_us(num_waiting: int, num_tenants: int) -> tuple[float, float]:

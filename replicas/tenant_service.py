@@ -227,17 +227,27 @@ class TenantService:
             self._take(share)
 
     def _take(self, share: Share) -> None:
-        confirmed = share.waits
-        self._use(share.tenant)
-        (self._waits_elsewhere.add if share.waits else self._waits_elsewhere.discard)(share.tenant)
-        standing = self._tenants.of(share.tenant)
-        standing.weight = checked_weight(share.weight)
+        tenant, confirmed = share.tenant, share.waits
+        if tenant not in self._last_use:
+            self._use(tenant)
+        (self._waits_elsewhere.add if confirmed else self._waits_elsewhere.discard)(tenant)
+        standing = self._tenants.of(tenant)
+        before = standing.key
+        if standing.weight != share.weight:
+            standing.weight = checked_weight(share.weight)
         standing.learn(share.known, confirmed=confirmed)
-        self._tell_fell(share.tenant)
+        if standing.key < before:
+            self._tell_fell(tenant)
+        if share.users:
+            self._take_users(share)
+
+    def _take_users(self, share: Share) -> None:
         users = self._users.setdefault(share.tenant, Group()).standings
         for user in share.users.keys() & users.keys():
-            users[user].learn(share.users[user], confirmed=confirmed)
-            self._tell_fell(share.tenant, user)
+            before = users[user].key
+            users[user].learn(share.users[user], confirmed=share.waits)
+            if users[user].key < before:
+                self._tell_fell(share.tenant, user)
 
     def take_report(self, sequence: int, *, everything: bool = False) -> dict[Account, AccountReport]:
         """Return the lines of a report: those that changed since the last that was answered, or all that there are."""
