@@ -2,8 +2,8 @@
 
 Preemption: pricing the candidates (their table is built already), building the table, and reading the views of all running
 requests out of vLLM's own blocks and requests. Admission: letting one more request wait, and choosing and taking out who is
-next, with few and with many who wait, of one tenant and of a thousand; reading what the cluster says of tenants. Placement: hashing a prompt's beginning, and choosing
-among replicas that tell of the backlogs of as many tenants as they name at most.
+next, with few and with many who wait, of one tenant and of a thousand; reading what the cluster says of tenants. Placement:
+hashing a prompt's beginning, and choosing among replicas that tell of the backlogs of as many tenants as they name at most.
 """
 
 import argparse
