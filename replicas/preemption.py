@@ -137,11 +137,12 @@ class AdaptivePolicy:
         decisions: list[PreemptionDecision] = []
         while (benefit > 0.0).any() and pressure.num_needed_blocks > 0:
             table_s = table.price(pressure, costs)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                price_s = table_s.min(axis=1) / benefit + table.idle_s(pressure, block_size=costs.block_size)
+            price_s = np.full(len(candidates), np.inf)
+            np.divide(np.minimum(table_s[:, 0], table_s[:, 1]), benefit, out=price_s, where=benefit > 0.0)
+            price_s += table.idle_s(pressure, block_size=costs.block_size)
             if self.others_price_factor > 1.0:
-                price_s = np.where(self._most_served(candidates, benefit), price_s, price_s * self.others_price_factor)
-            index = int(np.nanargmin(price_s))
+                price_s[~self._most_served(candidates, benefit)] *= self.others_price_factor
+            index = int(price_s.argmin())
             victim, benefit[index] = candidates[index], 0.0
             action = Action.SWAP if table_s[index, 1] < table_s[index, 0] else Action.RECOMPUTE
             why = no_swap(victim, pressure) if action is Action.SWAP else None

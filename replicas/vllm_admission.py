@@ -4,7 +4,8 @@ Rules:
 - The queues are replaced once, when the scheduler is made, and only under vLLM's own `fcfs` policy. Requests without a
   stamp, and all of them under `first-come`, stand as in vLLM's deque.
 - `select` is asked right before vLLM looks at a head: what is free is exact then, and the order stands until it pops.
-- What running requests were given is counted when somebody waits, when they end, and for reports: not in every step.
+- What running requests were given is counted when somebody waits for a fair turn, when they end, and for reports: not in
+  every step.
 
 Source: vLLM 0.29 `v1/core/sched/scheduler.py` (`schedule`, the waiting loop), `request_queue.py` (`FCFSRequestQueue`),
 `v1/core/kv_cache_manager.py` (`allocate_slots`, what must be free).
@@ -115,7 +116,7 @@ class EngineAdmission:
             holders = [
                 each.request_id for each in self.skipped if each.status == loading or each.num_computed_tokens > 0
             ]
-        if len(self.core):
+        if len(self.core) and self.core.is_fair:
             self.settle()
         self.core.begin_step(time.monotonic(), holders)
 

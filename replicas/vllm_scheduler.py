@@ -239,7 +239,7 @@ class _AdaptiveMixin(Scheduler):
         missing = self._memory.num_missing_blocks()
         if missing == 0:
             return False
-        if self.admission is not None:
+        if self.admission is not None and is_fair:
             self.admission.settle()  # victims are chosen by what tenants have had, to the token
         candidates = [self._candidate(request) for request in self.running]
         if not self.preemptor.lead(candidates):

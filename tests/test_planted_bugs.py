@@ -142,9 +142,9 @@ def plant_swapped_layers(llm: Any, patch: Callable[..., None]) -> None:
     copy_in = copier.copy_in
 
     def into_other_layers(slots: list[int], blocks: list[int], *, synchronous: bool) -> Any:
-        copier._host_rows.reverse()
+        copier._host_bytes.reverse()
         is_done = copy_in(slots, blocks, synchronous=synchronous)
-        copier._host_rows.reverse()
+        copier._host_bytes.reverse()
         return is_done
 
     patch(copier, "copy_in", into_other_layers)
