@@ -59,7 +59,7 @@ class Replica:
     def __init__(self, name: str, epoch: str = "e0") -> None:
         self.name, self.epoch, self.sequence = name, epoch, 0
         self.service = TenantService()
-        self.life, self.version, self.tells_everything = "", 0, False
+        self.life, self.version, self.absent_version, self.tells_everything = "", 0, 0, False
 
     def serve(self, tenant: str, num: int, user: str = "u") -> None:
         account = self.service.account(tenant, user)
@@ -76,6 +76,7 @@ class Replica:
             "pool": "app/m", "service": ServiceKind.TOKENS, "replica": self.name, "epoch": self.epoch,
             "sequence": self.sequence, "accounts": list(accounts.items()), "limits": LIMITS, "life": self.life,
             "known": dict(self.service.known()) if everything else None, "version": self.version,
+            "absent_version": self.absent_version,
         }  # fmt: skip
         return FairnessReport(**values | changes)
 
@@ -86,7 +87,7 @@ class Replica:
         if answer.wants_everything:
             self.tells_everything = True
         else:
-            self.life, self.version = answer.life, answer.version
+            self.life, self.version, self.absent_version = answer.life, answer.version, answer.absent_version
 
     def exchange(self, scheduler: Scheduler, **changes: Any) -> FairnessAnswer:
         answer = send(scheduler, self.message(**changes))

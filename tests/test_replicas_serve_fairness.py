@@ -13,6 +13,7 @@ import pytest
 
 from cost_service import named_actor
 from cost_service.charges import Served
+from global_scheduler.fair_share import ABSENT_EVERY, MAX_ABSENT
 from global_scheduler.fairness_service import FairnessService
 from replicas.channel import EngineEnd, ServerEnd
 from replicas.messages import EngineTotals, ServiceReport, SetShares
@@ -135,6 +136,27 @@ def test_what_one_engine_serves_the_other_knows() -> None:
         await a.turn(actor)
         assert a.engine.accounts.tenant_key("f") == b.engine.accounts.tenant_key("f") == 70.0
         assert delivered(actor.service, "f") == 35
+
+    run(test)
+
+
+def test_of_many_who_are_not_there_an_engine_hears_in_every_twentieth_answer_and_at_once_when_they_come() -> None:
+    async def test(a: Replica, b: Replica) -> None:
+        actor, names = Actor(service()), [f"t{number}" for number in range(MAX_ABSENT + 2)]
+        told = []
+        for number in range(2 * ABSENT_EVERY + 1):
+            for name in names:
+                a.engine.serve(name, 1)
+            await a.turn(actor)
+            if number == 5:
+                b.engine.serve("t7", 100)
+            before = len(b.engine.taken)
+            await b.turn(actor)
+            told.append(sum(len(message.shares) for message in b.engine.taken[before:]))
+            if number == 5:
+                assert b.engine.accounts.tenant_key("t7") == 2.0 * (6 + 100)
+        assert told[0] == len(names), "whoever is new is told of everybody"
+        assert [num for num in told[1:] if num] == [1, len(names), len(names)]
 
     run(test)
 
