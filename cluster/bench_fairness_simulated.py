@@ -168,7 +168,7 @@ def run_arm(
     until_s = experiment.until_s
     watch = cluster.watch(kind, requests, shares_from_s=WARM_SHARE * until_s)
     simulation = cluster.simulation(
-        kind, done=records.add, watch=watch, credit=cluster.bound(kind, requests).unit, lengths=OutputLength(),
+        kind, done=records.add, watch=watch, credit=cluster.bound(kind, requests).credit, lengths=OutputLength(),
         check=check,
     )  # fmt: skip
     simulation.run(requests, until_s=until_s)

@@ -263,7 +263,7 @@ def run(
     scaler = SimulatedAutoscaler(cluster.autoscaling) if cluster.autoscaling is not None else None
     watch = cluster.watch(kind, requests) if watched and (kind.is_fair or options.watch_fairness) else None
     simulation = cluster.simulation(
-        kind, done=done, watch=watch, credit=cluster.bound(kind, requests).unit if kind.is_fair else None,
+        kind, done=done, watch=watch, credit=cluster.bound(kind, requests).credit if kind.is_fair else None,
         lengths=None if options.known_lengths else OutputLength(), check=options.check, scaler=scaler,
     )  # fmt: skip
     end_s = simulation.run(requests)

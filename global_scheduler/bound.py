@@ -95,6 +95,11 @@ class FairnessBound:
         return max(self.prompt_service, self.memory_service) + self.stale_service + self.unheard_service
 
     @property
+    def credit(self) -> float:
+        """What waiting elsewhere is worth at most (`level.py`): U + epsilon without the time in which nobody is heard of."""
+        return self.unit - self.unheard_service
+
+    @property
     def worst(self) -> float:
         """The same in the worst case, refills included."""
         memory_service = self.memory_service + self.refill_service

@@ -37,10 +37,14 @@ MAX_ABSENT = 256
 
 @dataclass(slots=True)
 class _Told:
-    """What a replica was told of absent tenants: the version, and answers since."""
+    """What a replica was told of absent tenants."""
 
     version: int = 0
     num_since: int = 0
+    """Answers since."""
+
+    heard: int = 0
+    """The version that it is known to have."""
 
 
 class FairShare:
@@ -53,6 +57,7 @@ class FairShare:
         self.version = 0
         self._restored = False
         self._changed: dict[str, int] = {}  # tenants by the version of their last change
+        self._most_changed = SPARE_ENTRIES
         self._told: dict[str, _Told] = {}  # by replica
         self._words: dict[str, Share] = {}  # what replicas are told that have served nothing of a tenant
         self._reserved: dict[str, dict[Account, float]] = {}  # service by replica
@@ -68,11 +73,15 @@ class FairShare:
         touched = dict.fromkeys(account.tenant for account in self.ledger.present(replica))
         self.ledger.remove_replica(replica)
         self.counters.remove_replica(replica)
-        self._told.pop(replica, None)
+        self.lose_touch(replica)
         for account in list(self._reserved.get(replica, ())):
             self._reserve(replica, account, 0.0)
         self._reserved.pop(replica, None)
         self._touch(touched)
+
+    def lose_touch(self, replica: str) -> None:
+        """Keep nothing for a replica that does not ask any more; should it be back, it has version 0."""
+        self._told.pop(replica, None)
 
     def set_weight(self, tenant: str, weight: float) -> None:
         """Charge a tenant by another weight from now on.
@@ -146,6 +155,7 @@ class FairShare:
         absent = self._changed_elsewhere(replica, names, absent_since)
         told = self._told.setdefault(replica, _Told())
         told.num_since += 1
+        told.heard = absent_since or self.version  # who has nothing is told all that there is
         if absent is not None:
             names.update(absent)
             told.version, told.num_since, absent_since = self.version, 0, self.version
@@ -234,10 +244,18 @@ class FairShare:
             changed.pop(tenant, None)  # the last that changed stands last
             changed[tenant] = version
             self._words.pop(tenant, None)
-        if len(changed) > 2 * len(self.counters.tenants) + SPARE_ENTRIES:
-            # whoever was forgotten is told anew when it returns, and its weight with it
-            self._changed = {name: at for name, at in changed.items() if name in self.counters.tenants}
-            self._words = {name: share for name, share in self._words.items() if name in self._changed}
+        if len(changed) > self._most_changed:
+            self._drop_changes()
+
+    def _drop_changes(self) -> None:
+        """Drop the changes of tenants that are forgotten, once every replica has heard that they wait no more.
+
+        Whoever was forgotten is told anew when it returns, and its weight with it.
+        """
+        heard, tenants = min((told.heard for told in self._told.values()), default=self.version), self.counters.tenants
+        self._changed = {name: at for name, at in self._changed.items() if at > heard or name in tenants}
+        self._words = {name: share for name, share in self._words.items() if name in self._changed}
+        self._most_changed = 2 * len(self._changed) + SPARE_ENTRIES
 
     def _shares(self, names: Iterable[str], replica: str, epoch: str) -> list[Share]:
         """What a replica is told of tenants; for thousands of them in a second, so a word is made once for all replicas."""

@@ -136,7 +136,7 @@ class FairnessPool:
                 raise
             answered = told.sequence
         self._note_replica(told, now_s, stays_silent=is_back and wants_everything)
-        since, absent_since = (told.version, told.absent_version) if told.life == life else (0, 0)
+        since, absent_since = (told.version, told.absent_version) if told.life == life and not is_back else (0, 0)
         answer = self.share.answer(
             replica, told.epoch, since=since, absent_since=absent_since, named=report.accounts
         )  # fmt: skip
@@ -273,12 +273,12 @@ class FairnessPool:
             max_input_tokens=max(each.limits.max_tokens for each in live if each.limits is not None),
             # What an engine did lies with it for its own interval before it is told.
             interval_s=self._interval_s + ENGINE_INTERVAL_S, round_trip_s=max(each.round_trip_s for each in live),
-            absent_s=(self.share.absent_answers - 1) * self._interval_s,
+            absent_s=(self.share.absent_answers - 1) * (self._interval_s + max(each.round_trip_s for each in live)),
             input_weight=self.share.unit.input_weight, output_weight=self.share.unit.output_weight,
             num_granted_tokens=max(each.bypass_service for each in live) / self.share.unit.output_weight,
             victims=VictimRule.MOST_SERVED if fair else VictimRule.LAST_COME,
         )  # fmt: skip
-        self.share.counters.tenants.credit = bound.unit
+        self.share.counters.tenants.credit = bound.credit
         if self._checker is not None:
             self._checker.bound = bound
             return
@@ -291,6 +291,7 @@ class FairnessPool:
         """Have a report say that nobody waits or runs at a replica any more."""
         ledger, epoch = self.share.ledger, self.share.ledger.current(name)
         record.silent = True
+        self.share.lose_touch(name)
         present = ledger.present(name)
         if epoch is not None and present:
             record.sequence += 1

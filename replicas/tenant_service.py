@@ -4,7 +4,7 @@ Rules:
 - The key of a tenant is `counter + (total - included + held) / weight`: what the cluster last said, what this engine has
   served beyond it, and what the requests that it has admitted are still sure or predicted to get. A user's likewise.
 - The cluster's word of a tenant that has no request here is kept as it came and taken when the tenant is asked for: of
-  thousands of tenants few are here, and a step is not to wait for the others.
+  thousands of tenants few are here, and a step is not to wait for the others. Beyond `max_tenants` words the oldest go.
 - Service is charged as it is given, raw, to totals that only grow; a charge uses up what is held for the request first.
 - Who waits here and, as far as is known, nowhere else has come back: it is lifted to the least served who waits here, or to
   the last who did, until the cluster says what the lift is.
@@ -213,11 +213,12 @@ class TenantService:
     def learn(self, *shares: Share) -> None:
         """Take the cluster's word of tenants."""
         heard, num_waiting, num_running = self._heard, self._tenants.num_waiting, self._num_running
-        for share in shares:
+        for share in reversed(shares):  # whose change is the latest comes first, and is forgotten last
             tenant = share.tenant
             if tenant in num_waiting or num_running.get(tenant) or tenant == self._tenants.last:
                 self._take(share)
             else:
+                heard.pop(tenant, None)
                 heard[tenant] = share
         while len(heard) > self.max_tenants:
             del heard[next(iter(heard))]

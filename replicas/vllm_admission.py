@@ -93,6 +93,7 @@ class EngineAdmission:
         """Let a request wait: it has arrived, was passed over, or has given way."""
         request_id = request.request_id
         if request_id in self.requests:
+            self.core.delivered(request_id, request.num_output_tokens, token_us=self._token_us())
             self.core.put_back(request_id, queue, front=front)
             return
         stamp = stamp_of(request)

@@ -54,7 +54,11 @@ def run(
     records, requests = RecordTable(), ramp()
     scaler = None if autoscaling is None else SimulatedAutoscaler(autoscaling)
     simulation = cluster.simulation(
-        KIND, done=records.add, credit=cluster.bound(KIND, requests).unit, scaler=scaler, check=disturbances is not None
+        KIND,
+        done=records.add,
+        credit=cluster.bound(KIND, requests).credit,
+        scaler=scaler,
+        check=disturbances is not None,
     )
     end_s = simulation.run(requests)
     return records, scaler, simulation, end_s

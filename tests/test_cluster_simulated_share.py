@@ -47,7 +47,7 @@ def run(
     watch = cluster.watch(kind, requests, shares_from_s=1.0)
     records: list[Any] = []
     simulation = cluster.simulation(
-        kind, done=records.append, watch=watch, credit=cluster.bound(kind, requests).unit, check=check
+        kind, done=records.append, watch=watch, credit=cluster.bound(kind, requests).credit, check=check
     )
     simulation.run(requests, until_s=until_s)
     here = Counter(request.tenant for replica in simulation.replicas for request in replica.requests)

@@ -292,6 +292,21 @@ def test_a_victim_comes_back_by_its_arrival_and_not_ahead_of_a_less_served_tenan
     assert one.admitted.index("g") < max(i for i, name in enumerate(one.admitted) if name == "f1")
 
 
+def test_whoever_gives_way_is_charged_what_it_has_had_also_where_the_order_is_first_come(tiny_model: Path) -> None:
+    one = engine(tiny_model, num_blocks=1 + 2 * (100 // BLOCK_SIZE), settings={"admission": "first-come"})
+    for name in ("f0", "f1"):
+        one.add(name, "f", prompt=60, output=100)
+    num_victims = 0
+    for _ in range(200):
+        one.step()
+        for request in one.scheduler.waiting:
+            num_victims += request.num_output_tokens > 0
+            assert core(one)._requests[request.request_id].num_output_tokens == request.num_output_tokens
+    assert num_victims, "nobody gave way"
+    one.finish()
+    one.check_tokens()
+
+
 def test_a_report_says_how_much_longer_requests_took_than_alone(tiny_model: Path) -> None:
     one = engine(tiny_model)
     for number in range(30):
