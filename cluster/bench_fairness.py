@@ -15,14 +15,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
 
 from cost_service.charges import Account, Served
 from cost_service.result_file import write_json
-from cost_service.service_messages import AccountReport, Report
+from cost_service.service_messages import UNTOLD, AccountReport, Report, Version
 from global_scheduler.fair_share import FairShare
 
 CHANGED = 20
@@ -41,8 +40,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     replica: str
     epoch: str
     sequence: int
-    since: int
-    absent_since: int
+    since: Version
     accounts: list[Line]
 
 
@@ -132,7 +130,7 @@ class _Load:
         self._chance = random.Random(1)
         self._accounts = [Account(f"tenant-{number:06}", f"user-{number:06}") for number in range(num_tenants)]
         self._totals: list[dict[int, list[int]]] = [{} for _ in range(num_replicas)]
-        self._versions = [(0, 0)] * num_replicas
+        self._versions = [UNTOLD] * num_replicas
         self._num_present = num_present
         self._here: list[deque[int]] = [deque() for _ in range(num_replicas)]
         self._sequence = 0
@@ -155,39 +153,32 @@ class _Load:
                 replica=message.replica, epoch=message.epoch, sequence=message.sequence, accounts=dict(message.accounts)
             )
             share.take(report)
-            answer = share.answer(
-                message.replica, message.epoch, since=message.since, absent_since=message.absent_since,
-                named=report.accounts,
-            )  # fmt: skip
+            answer = share.answer(message.replica, message.epoch, since=message.since, named=report.accounts)
             answered = self._encoder.encode(answer)
             took_ns = time.process_time_ns() - began_ns
-            self._versions[number] = answer.version, answer.absent_version
+            self._versions[number] = answer.version
             yield took_ns * 1e-9, len(answer.shares), len(answered)
 
     def _message(self, number: int) -> _Message:
-        totals, chance, here, lines = (
-            self._totals[number],
-            self._chance,
-            self._here[number],
-            dict[Account, AccountReport](),
-        )
+        here, most = self._here[number], len(self._accounts)
         num_leaving = CHANGED // 2 if len(here) + CHANGED > self._num_present else 0
         leaving = {here.popleft() for _ in range(min(num_leaving, len(here)))}
-        coming = (index for index in chance.sample(range(len(self._accounts)), CHANGED) if index not in leaving)
-        for index in islice(chain(leaving, coming), CHANGED):
-            total = totals.setdefault(index, [0, 0, 0, 0])
-            for part, most in enumerate((200, 20, 100, 5000)):
-                total[part] += chance.randrange(most)
-            lines[self._accounts[index]] = AccountReport(
-                served=Served(*total),
-                num_waiting=chance.randrange(3) if index not in leaving else 0,
-                num_running=int(index not in leaving),
-                reserved=float(chance.randrange(3)) if index not in leaving else 0.0,
-            )
-            if index not in leaving and self._num_present < len(self._accounts):
-                here.append(index)
-        since, absent_since = self._versions[number]
+        drawn = self._chance.sample(range(most), CHANGED)
+        coming = [index for index in drawn if index not in leaving][: CHANGED - len(leaving)]
+        if self._num_present < most:
+            here += coming
+        lines = [(self._accounts[index], self._line(number, index, leaves=True)) for index in leaving]
+        lines += [(self._accounts[index], self._line(number, index, leaves=False)) for index in coming]
         return _Message(
-            replica=f"r{number}", epoch="e", sequence=self._sequence, since=since, absent_since=absent_since,
-            accounts=list(lines.items()),
-        )  # fmt: skip
+            replica=f"r{number}", epoch="e", sequence=self._sequence, since=self._versions[number], accounts=lines
+        )
+
+    def _line(self, number: int, index: int, *, leaves: bool) -> AccountReport:
+        total, chance = self._totals[number].setdefault(index, [0, 0, 0, 0]), self._chance
+        for part, most in enumerate((200, 20, 100, 5000)):
+            total[part] += chance.randrange(most)
+        if leaves:
+            return AccountReport(served=Served(*total))
+        return AccountReport(
+            served=Served(*total), num_waiting=chance.randrange(3), num_running=1, reserved=float(chance.randrange(3))
+        )

@@ -18,7 +18,7 @@ from cluster.config import StateArgs
 from cluster.stores import open_store
 from cost_service.charges import Account, Served, ServiceKind
 from cost_service.result_file import write_json
-from cost_service.service_messages import AccountReport, FairnessAnswer, FairnessReport, ReplicaLimits
+from cost_service.service_messages import UNTOLD, AccountReport, FairnessAnswer, FairnessReport, ReplicaLimits
 
 LIMITS = ReplicaLimits(
     num_pool_tokens=100_000, max_num_seqs=64, max_tokens=4096, max_service_per_s=1e4, max_decode_tokens_per_s=1e3
@@ -79,7 +79,7 @@ def play(actor: Any, name: str, num_replicas: int, num_tenants: int, num_changes
     seconds: list[float] = []
 
     async def replica(number: int) -> None:
-        life, version, absent_version, sequence, tokens, first = "", 0, 0, 0, [0] * num_tenants, number
+        life, version, sequence, tokens, first = "", UNTOLD, 0, [0] * num_tenants, number
         end_s = time.monotonic() + limit_s
         while time.monotonic() < end_s:
             sequence += 1
@@ -91,12 +91,12 @@ def play(actor: Any, name: str, num_replicas: int, num_tenants: int, num_changes
                 accounts.append((Account(f"tenant-{first}", "u"), line))
             message = FairnessReport(
                 pool="bench", service=ServiceKind.TOKENS, replica=f"{name}-{number}", epoch="e", sequence=sequence,
-                accounts=accounts, limits=LIMITS, life=life, version=version, absent_version=absent_version,
+                accounts=accounts, limits=LIMITS, life=life, version=version,
             )  # fmt: skip
             began_s = time.monotonic()
             answer = answers.decode(await actor.exchange.remote(encoder.encode(message)))
             seconds.append(time.monotonic() - began_s)
-            life, version, absent_version = answer.life, answer.version, answer.absent_version
+            life, version = answer.life, answer.version
 
     async def all_replicas() -> None:
         await asyncio.gather(*(replica(number) for number in range(num_replicas)))

@@ -23,7 +23,7 @@ from cost_service.charges import SYSTEM
 from cost_service.output_length import OutputLength
 from cost_service.traces import TraceRequest
 from global_scheduler.bound import FairnessBound
-from global_scheduler.fair_share import absent_answers
+from global_scheduler.fair_share import absent_s
 from global_scheduler.fairness_service import interval_s
 from global_scheduler.max_min import max_min_levels
 from replicas.admission import AdmissionSettings
@@ -63,12 +63,12 @@ class SimulatedCluster:
         Args:
             away_s: For how long the scheduler is away.
         """
-        lengths, num_tenants = set[tuple[int, int]](), len({one.tenant for one in requests} | {SYSTEM})
-        lengths.update((one.prompt_tokens, one.output_tokens) for one in requests)
+        lengths = {(one.prompt_tokens, one.output_tokens) for one in requests}
+        tenants = {SYSTEM, *(one.tenant for one in requests)}
         return bound_of(
             kind.settings, kind.times, num_replicas=self.most_replicas, lengths=lengths,
             interval_s=self.interval_s, round_trip_s=2.0 * self.disturbances.report_delay_s, away_s=away_s,
-            absent_s=(absent_answers(num_tenants) - 1) * self.interval_s,
+            absent_s=absent_s(len(tenants), self.interval_s),
             granted_service=AdmissionSettings().bypass_service,
         )  # fmt: skip
 

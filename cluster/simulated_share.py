@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.simulated_replica import Replica
-from cost_service.service_messages import Answer, Report
+from cost_service.service_messages import UNTOLD, Answer, Report, Version
 from global_scheduler.counters import FairCounters
 from global_scheduler.fair_share import FairShare
 
@@ -49,8 +49,7 @@ class _Message:
 
     report: Report
     known: Mapping[str, float] | None
-    version: int
-    absent_version: int
+    version: Version
     life: int
 
 
@@ -67,8 +66,7 @@ class _Reply:
 class _Heard:
     """What one life of a replica has heard."""
 
-    version: int = 0
-    absent_version: int = 0
+    version: Version = UNTOLD
     life: int = -1
     tells_everything: bool = True
     answered: int = field(default=0)
@@ -114,7 +112,7 @@ class SimulatedShare:
             replica=_name(replica), epoch=str(replica.epoch), sequence=fair.core.sequence, accounts=accounts
         )  # fmt: skip
         known = dict(fair.core.service.known()) if heard.tells_everything else None
-        return _Message(report, known, heard.version, heard.absent_version, heard.life)
+        return _Message(report, known, heard.version, heard.life)
 
     def read(self, message: _Message, now_s: float) -> _Reply | None:
         """See `Exchange`."""
@@ -128,10 +126,8 @@ class SimulatedShare:
         if message.life != self.life and message.known is None:
             return _Reply(0, self.life, None)
         self.share.take(report, known=message.known)
-        since, absent_since = (message.version, message.absent_version) if message.life == self.life else (0, 0)
-        answer = self.share.answer(
-            report.replica, report.epoch, since=since, absent_since=absent_since, named=report.accounts
-        )  # fmt: skip
+        since = message.version if message.life == self.life else UNTOLD
+        answer = self.share.answer(report.replica, report.epoch, since=since, named=report.accounts)
         return _Reply(report.sequence, self.life, answer)
 
     def learn(self, replica: Replica, answer: _Reply) -> None:
@@ -145,8 +141,7 @@ class SimulatedShare:
             return
         if answer.life == heard.life and answer.answered <= heard.answered:
             return  # a younger one was faster
-        heard.life, heard.answered = answer.life, answer.answered
-        heard.version, heard.absent_version = answer.answer.version, answer.answer.absent_version
+        heard.life, heard.answered, heard.version = answer.life, answer.answered, answer.answer.version
         heard.tells_everything = False
         fair.core.learn(answer.answer.shares, answered=answer.answered)
 

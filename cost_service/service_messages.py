@@ -8,6 +8,7 @@ thousands and can be in no cycle: the garbage collector leaves them out. Between
 import heapq
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -175,14 +176,25 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     """None where a tenant has one user alone: there is nothing to order."""
 
 
+class Version(NamedTuple):
+    """What a replica has been told."""
+
+    present: int = 0
+    """Of tenants that are present at the replica."""
+
+    absent: int = 0
+    """Of all others, who are told of more seldom."""
+
+
+UNTOLD = Version()
+"""Of a replica that was told nothing."""
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica is told at an interval."""
 
-    version: int
-    """Of tenants that are present at the replica; to be named when it reports next."""
-
-    absent_version: int
-    """The same of those who are absent there."""
+    version: Version
+    """To be named when it reports next."""
 
     shares: list[Share]
 
@@ -251,11 +263,8 @@ class FairnessReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     life: str = ""
     """Of the scheduler whose answer it has; empty while it has none."""
 
-    version: int = 0
+    version: Version = UNTOLD
     """That it has of that life."""
-
-    absent_version: int = 0
-    """The same of tenants that are absent there."""
 
     def checked(self) -> Report:
         """Return the engine's report if all numbers are possible.
@@ -287,8 +296,7 @@ class FairnessAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     life: str
     """Of the scheduler; versions of another life mean nothing."""
 
-    version: int
-    absent_version: int
+    version: Version
     shares: list[Share]
     answered: int
     """Sequence of the report that was taken; 0 for none."""

@@ -92,12 +92,12 @@ class FairnessBound:
     @property
     def unit(self) -> float:
         """U + epsilon: what one tenant at weight 1 can be ahead."""
-        return max(self.prompt_service, self.memory_service) + self.stale_service + self.unheard_service
+        return self.credit + self.unheard_service
 
     @property
     def credit(self) -> float:
-        """What waiting elsewhere is worth at most (`level.py`): U + epsilon without the time in which nobody is heard of."""
-        return self.unit - self.unheard_service
+        """The same where all hear of all: what waiting elsewhere is worth at most (`level.py`)."""
+        return max(self.prompt_service, self.memory_service) + self.stale_service
 
     @property
     def worst(self) -> float:

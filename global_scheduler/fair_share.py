@@ -6,7 +6,7 @@ Rules:
 - An answer is absolute: per account its counter, what of the asking replica's own totals is in it, and whether it waits
   elsewhere. An answer may be lost or repeated; a replica adds what it has served beyond.
 - A new epoch of a replica takes the old one's place: nobody waits or runs there any more but those whom it names.
-- Answers hold what changed since the version that the replica has; a replica of another life has version 0 and gets all.
+- Answers hold what changed since the version that the replica has; a replica of another life has none and gets all.
 - Of tenants that wait or run at a replica, or that its report names, it is told in every answer. Of the absent it is told at
   once while few of them change, else in every `ABSENT_EVERY`th answer: whoever comes then is ordered by what was known of it
   so many intervals ago, until the next answer. So an answer is as large as a replica is, and not as the cluster.
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from cost_service.charges import MAX_COUNT, NOTHING, SYSTEM, Account, ServiceUnit
 from cost_service.lowest import SPARE_ENTRIES
-from cost_service.service_messages import AccountReport, Answer, Known, Report, Share
+from cost_service.service_messages import UNTOLD, AccountReport, Answer, Known, Report, Share, Version
 from global_scheduler.counters import FairCounters
 from global_scheduler.epoch import Epoch
 from global_scheduler.ledger import ABSENT, NO_EPOCH, Ledger
@@ -80,7 +80,7 @@ class FairShare:
         self._touch(touched)
 
     def lose_touch(self, replica: str) -> None:
-        """Keep nothing for a replica that does not ask any more; should it be back, it has version 0."""
+        """Keep nothing for a replica that does not ask any more; should it be back, it has no version."""
         self._told.pop(replica, None)
 
     def set_weight(self, tenant: str, weight: float) -> None:
@@ -134,34 +134,22 @@ class FairShare:
         self._touch(touched)
 
     @property
-    def absent_answers(self) -> int:
-        """Answers until a replica has heard of a change of who is absent there."""
-        return absent_answers(len(self._changed))
+    def num_changed(self) -> int:
+        """Tenants that a replica may have to hear of."""
+        return len(self._changed)
 
-    def answer(
-        self, replica: str, epoch: str, *, since: int, absent_since: int | None = None, named: Iterable[Account] = ()
-    ) -> Answer:
-        """Return what has changed for a replica since versions that it has; 0 for everything.
+    def answer(self, replica: str, epoch: str, *, since: Version, named: Iterable[Account] = ()) -> Answer:
+        """Return what has changed for a replica since a version that it has.
 
         Args:
-            since: Of tenants that are present there.
-            absent_since: Of those who are absent; None: the same.
             named: Accounts in its last report.
         """
-        absent_since = since if absent_since is None else absent_since
-        if max(since, absent_since) > self.version:  # a version of another life
-            since = absent_since = 0
-        names = self._changed_at(replica, named, since)
-        absent = self._changed_elsewhere(replica, names, absent_since)
-        told = self._told.setdefault(replica, _Told())
-        told.num_since += 1
-        told.heard = absent_since or self.version  # who has nothing is told all that there is
-        if absent is not None:
-            names.update(absent)
-            told.version, told.num_since, absent_since = self.version, 0, self.version
-        return Answer(
-            version=self.version, absent_version=absent_since, shares=self._shares(names, replica, epoch)
-        )  # fmt: skip
+        if max(since) > self.version:  # a version of another life
+            since = UNTOLD
+        names = self._changed_at(replica, named, since.present)
+        absent = self._changed_elsewhere(replica, names, since.absent)
+        version = Version(self.version, since.absent if absent is None else self.version)
+        return Answer(version=version, shares=self._shares(names | (absent or {}), replica, epoch))
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON values."""
@@ -199,11 +187,16 @@ class FairShare:
 
     def _changed_elsewhere(self, replica: str, here: Container[str], since: int) -> dict[str, None] | None:
         """All others that have changed since a version; None if it is not the time to tell of so many."""
-        told = self._told.get(replica, _Told())
-        is_time = since == 0 or since < told.version or told.num_since + 1 >= ABSENT_EVERY  # or the last word was lost
+        told = self._told.setdefault(replica, _Told())
+        told.heard = since or self.version  # who has nothing is told all that there is
+        told.num_since += 1
+        is_time = since == 0 or since < told.version or told.num_since >= ABSENT_EVERY  # or the last word was lost
         others = (name for name in self._recent(since) if name not in here)
         names = dict.fromkeys(others if is_time else islice(others, MAX_ABSENT + 1))
-        return names if is_time or len(names) <= MAX_ABSENT else None
+        if not is_time and len(names) > MAX_ABSENT:
+            return None
+        told.version, told.num_since = self.version, 0
+        return names
 
     def _recent(self, since: int) -> Iterator[str]:
         """Tenants that have changed since a version, the last that changed first."""
@@ -286,9 +279,14 @@ class FairShare:
         return share
 
 
-def absent_answers(num_tenants: int) -> int:
-    """Answers until a replica has heard of a change of who is absent there, of so many tenants that are active."""
-    return 1 if num_tenants <= MAX_ABSENT else ABSENT_EVERY
+def absent_s(num_tenants: int, between_s: float) -> float:
+    """Seconds beyond an answer until a replica has heard of a change of who is absent there.
+
+    Args:
+        num_tenants: That may have changed.
+        between_s: From an answer to the next.
+    """
+    return 0.0 if num_tenants <= MAX_ABSENT else (ABSENT_EVERY - 1) * between_s
 
 
 K = TypeVar("K")

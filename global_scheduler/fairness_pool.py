@@ -18,6 +18,7 @@ from typing import Any
 from cost_service.charges import SYSTEM, ServiceKind, ServiceUnit
 from cost_service.service_messages import (
     ENGINE_INTERVAL_S,
+    UNTOLD,
     AccountReport,
     FairnessAnswer,
     FairnessReport,
@@ -25,7 +26,7 @@ from cost_service.service_messages import (
     Report,
 )
 from global_scheduler.bound import FairnessBound, VictimRule, fairness_bound
-from global_scheduler.fair_share import FairShare
+from global_scheduler.fair_share import FairShare, absent_s
 from global_scheduler.fairness_checker import FairnessChecker, Gap
 
 SILENT_S, FORGET_S = 10.0, 600.0
@@ -136,13 +137,11 @@ class FairnessPool:
                 raise
             answered = told.sequence
         self._note_replica(told, now_s, stays_silent=is_back and wants_everything)
-        since, absent_since = (told.version, told.absent_version) if told.life == life and not is_back else (0, 0)
-        answer = self.share.answer(
-            replica, told.epoch, since=since, absent_since=absent_since, named=report.accounts
-        )  # fmt: skip
+        since = told.version if told.life == life and not is_back else UNTOLD
+        answer = self.share.answer(replica, told.epoch, since=since, named=report.accounts)
         return FairnessAnswer(
-            life=life, version=answer.version, absent_version=answer.absent_version, shares=answer.shares,
-            answered=answered, wants_everything=wants_everything, interval_s=interval_s,
+            life=life, version=answer.version, shares=answer.shares, answered=answered,
+            wants_everything=wants_everything, interval_s=interval_s,
         )  # fmt: skip
 
     def tick(self, now_s: float) -> None:
@@ -267,13 +266,13 @@ class FairnessPool:
         live = [each for each in self._replicas.values() if each.limits is not None and not each.silent]
         if not live or self.share.unit.kind is not ServiceKind.TOKENS:
             return
-        fair = all(each.fair_victims for each in live)
+        fair, round_trip_s = all(each.fair_victims for each in live), max(each.round_trip_s for each in live)
         bound = fairness_bound(
             [each.limits for each in live if each.limits is not None],
             max_input_tokens=max(each.limits.max_tokens for each in live if each.limits is not None),
             # What an engine did lies with it for its own interval before it is told.
-            interval_s=self._interval_s + ENGINE_INTERVAL_S, round_trip_s=max(each.round_trip_s for each in live),
-            absent_s=(self.share.absent_answers - 1) * (self._interval_s + max(each.round_trip_s for each in live)),
+            interval_s=self._interval_s + ENGINE_INTERVAL_S, round_trip_s=round_trip_s,
+            absent_s=absent_s(self.share.num_changed, self._interval_s + round_trip_s),
             input_weight=self.share.unit.input_weight, output_weight=self.share.unit.output_weight,
             num_granted_tokens=max(each.bypass_service for each in live) / self.share.unit.output_weight,
             victims=VictimRule.MOST_SERVED if fair else VictimRule.LAST_COME,

@@ -17,7 +17,14 @@ import msgspec
 
 from cost_service.charges import ServiceKind
 from cost_service.named_actor import exchange_for_ever
-from cost_service.service_messages import ACTOR, ENGINE_INTERVAL_S, FairnessAnswer, FairnessReport, ReplicaLimits
+from cost_service.service_messages import (
+    ACTOR,
+    ENGINE_INTERVAL_S,
+    UNTOLD,
+    FairnessAnswer,
+    FairnessReport,
+    ReplicaLimits,
+)
 from replicas.admission import AdmissionSettings
 from replicas.channel import ServerEnd
 from replicas.fair_queue import Admission
@@ -51,7 +58,7 @@ class FairnessExchange:
         self._totals: EngineTotals | None = None
         self._newest: ServiceReport | None = None
         self._everything: ServiceReport | None = None
-        self._life, self._version, self._absent_version = "", 0, 0
+        self._life, self._version = "", UNTOLD
         self._service, self._decode = PeakRate(), PeakRate()
         self._round_trip_s = 0.0
         self._num_unread = 0
@@ -110,7 +117,7 @@ class FairnessExchange:
             self._asked_s = now_s
         if not answer.wants_everything:
             self._asked_s = None
-            self._life, self._version, self._absent_version = answer.life, answer.version, answer.absent_version
+            self._life, self._version = answer.life, answer.version
 
     def _message(self, totals: EngineTotals, report: ServiceReport | None) -> FairnessReport:
         fair_victims = totals.admission == Admission.FAIR  # whatever the policy: see Preemptor.lead
@@ -125,7 +132,6 @@ class FairnessExchange:
             ),
             fair_victims=fair_victims, bypass_service=AdmissionSettings().bypass_service,
             round_trip_s=self._round_trip_s, life=self._life, version=self._version,
-            absent_version=self._absent_version,
         )  # fmt: skip
 
     def _sent(self, report: ServiceReport) -> None:
@@ -139,5 +145,5 @@ class FairnessExchange:
         """Forget what another life of the engine said."""
         if self._totals is not None and self._totals.epoch != epoch:
             self._totals = self._newest = self._everything = None
-            self._life, self._version, self._absent_version, self._asked_s = "", 0, 0, None
+            self._life, self._version, self._asked_s = "", UNTOLD, None
             self._service, self._decode = PeakRate(), PeakRate()

@@ -13,10 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from replicas.transfer import Carried
 from replicas.vllm_cuda_copy import CudaCopies
+
+Bytes = NDArray[np.uint8]
 
 MEASURED_BLOCKS = (1, 9)
 """Numbers of blocks whose copies are timed at start: their difference is the price of a block, the rest is fixed."""
@@ -63,7 +67,6 @@ class BlockCopier:
         ]
         self.block_bytes = sum(rows.shape[1] for rows in self._device_rows)
         self._cuda = None if self._on_cpu else CudaCopies(self._device_rows, self._host_rows)
-        # Thirty times as fast as torch's copies by index, which move single bytes.
         self._device_bytes = [rows.numpy() for rows in self._device_rows] if self._on_cpu else []
         self._host_bytes = [rows.numpy() for rows in self._host_rows] if self._on_cpu else []
         self._zero_slots: list[int] = []
@@ -80,9 +83,7 @@ class BlockCopier:
             self._cuda.copy_out(pairs, zero_slots=self._zero_slots, written_blocks=self._written_blocks)
             self._zero_slots, self._written_blocks = [], None
             return
-        for device, host in zip(self._device_bytes, self._host_bytes, strict=True):
-            for block, slot in zip(blocks, slots, strict=True):
-                host[slot] = device[block]
+        _copy_rows(self._device_bytes, blocks, self._host_bytes, slots)
 
     def copy_in(self, slots: Sequence[int], blocks: Sequence[int], *, synchronous: bool = True) -> Callable[[], bool]:
         """Copy host slots to device blocks, pair by pair; return what tells whether that is done.
@@ -93,9 +94,7 @@ class BlockCopier:
         if self._cuda is not None:
             pairs = list(zip(blocks, slots, strict=True))
             return partial(self._cuda.is_done, self._cuda.copy_in(pairs, synchronous=synchronous))
-        for device, host in zip(self._device_bytes, self._host_bytes, strict=True):
-            for slot, block in zip(slots, blocks, strict=True):
-                device[block] = host[slot]
+        _copy_rows(self._host_bytes, slots, self._device_bytes, blocks)
         return lambda: True
 
     def take_transfers(self) -> list[Carried]:
@@ -134,6 +133,13 @@ class BlockCopier:
         block_s = {copy: max(0.0, median_s(copy, many) - first_s) / (many - few) for copy, first_s in one_s.items()}
         fixed_s = max(0.0, statistics.fmean(one_s[copy] - few * block_s[copy] for copy in one_s))
         return CopySpeeds(fixed_s=fixed_s, out_block_s=block_s[self.copy_out], in_block_s=block_s[self.copy_in])
+
+
+def _copy_rows(sources: Sequence[Bytes], rows: Sequence[int], targets: Sequence[Bytes], to_rows: Sequence[int]) -> None:
+    """Copy rows of every layer, pair by pair: thirty times as fast as torch's copies by index, which move single bytes."""
+    for source, target in zip(sources, targets, strict=True):
+        for row, to_row in zip(rows, to_rows, strict=True):
+            target[to_row] = source[row]
 
 
 def _unique_block_rows(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> list[torch.Tensor]:

@@ -133,6 +133,8 @@ def test_the_shares_of_the_knots_add_up_to_one(size: float) -> None:
     (shares,) = hats([size], NUM_KNOTS)
     assert shares.sum() == pytest.approx(1.0 if size > 0.0 else 0.0)
     assert (shares >= 0.0).all()
+    weights = [float(number * number) for number in range(NUM_KNOTS)]
+    assert value_at(size, weights) == pytest.approx(float(shares @ np.asarray(weights))), "one way and the other"
 
 
 def test_a_function_of_size_runs_through_its_knots_and_stays_beyond_the_last() -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 
 from cost_service.charges import NOTHING, Account, Served, ServiceUnit
-from cost_service.service_messages import Report
+from cost_service.service_messages import UNTOLD, Report
 from global_scheduler.fair_share import FairShare
 from replicas.tenant_service import TenantService
 
@@ -113,7 +113,7 @@ class Killed:
         engine.to_repeat.clear()
         if what != "unanswered":
             engine.service.answered(report.sequence)
-            for share in self.share.answer(engine.name, engine.epoch, since=0).shares:
+            for share in self.share.answer(engine.name, engine.epoch, since=UNTOLD).shares:
                 engine.service.learn(share)
 
     def overtaken(self) -> None:

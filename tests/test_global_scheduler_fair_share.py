@@ -12,7 +12,7 @@ import time
 import pytest
 
 from cost_service.charges import SYSTEM, Account, Served, ServiceUnit
-from cost_service.service_messages import AccountReport, Answer, Report
+from cost_service.service_messages import UNTOLD, AccountReport, Answer, Report, Version
 from global_scheduler.bound import FairnessBound, VictimRule
 from global_scheduler.fair_share import FairShare
 from global_scheduler.fairness_checker import FairnessChecker
@@ -28,7 +28,7 @@ class Replica:
     """One engine's side of the exchange."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.sequence, self.version, self.life = name, 0, 0, 0
+        self.name, self.sequence, self.version, self.life = name, 0, UNTOLD, 0
         self.service = TenantService()
         for account in (F, G):
             self.service.arrives(self.service.account(*account))
@@ -91,7 +91,7 @@ def test_an_answer_holds_what_changed_alone() -> None:
     a.service.charge("", G, Served(num_output_tokens=1))
     share.take(a.report(everything=False))
     assert [each.tenant for each in share.answer("a", "a-0", since=a.version).shares] == ["g"]
-    assert {each.tenant for each in share.answer("b", "b-0", since=0).shares} == {"f", "g"}
+    assert {each.tenant for each in share.answer("b", "b-0", since=UNTOLD).shares} == {"f", "g"}
 
 
 def test_what_is_reserved_elsewhere_counts_and_what_is_reserved_here_counts_once() -> None:
@@ -147,7 +147,7 @@ def test_a_restored_scheduler_of_an_older_version_answers_everything() -> None:
     fresh = share_of("a")
     assert fresh.answer("a", "a-0", since=a.version).shares == []
     fresh.take(a.report(), known=a.service.known())
-    assert {each.tenant for each in fresh.answer("a", "a-0", since=10**6).shares} == {"f", "g"}
+    assert {each.tenant for each in fresh.answer("a", "a-0", since=Version(10**6, 10**6)).shares} == {"f", "g"}
 
 
 def test_what_a_lost_report_said_is_said_again_until_it_is_answered() -> None:
@@ -190,7 +190,7 @@ def test_a_restarted_engine_leaves_nobody_waiting_who_waits_no_more(late_word: b
         assert share.counters.tenants.is_waiting("f"), "for one interval"
     share.take(Report(replica="a", epoch="a-1", sequence=2, accounts={}))
     assert {name for name in "fgh" if share.counters.tenants.is_waiting(name)} == {"h"}
-    assert share.answer("b", "b-0", since=0).shares[0].known.counter < 300.0, (
+    assert share.answer("b", "b-0", since=UNTOLD).shares[0].known.counter < 300.0, (
         "what died with the engine is not reserved"
     )
     share.check()
@@ -217,7 +217,7 @@ def test_a_new_replica_hears_of_an_old_debt_however_many_have_come_and_gone() ->
         a.exchange(share)
         a.service.leaves(stranger)
         a.exchange(share)
-    assert "f" in {each.tenant for each in share.answer("b", "b-0", since=0).shares}
+    assert "f" in {each.tenant for each in share.answer("b", "b-0", since=UNTOLD).shares}
 
 
 class Exchange:
@@ -256,7 +256,7 @@ class Exchange:
         if self.chance.random() < 0.2:  # the answer is lost
             return
         replica.service.answered(report.sequence)
-        replica.learn(self.share.answer(replica.name, f"{replica.name}-0", since=0))
+        replica.learn(self.share.answer(replica.name, f"{replica.name}-0", since=UNTOLD))
         self.alone[replica.name] = 0.0
 
     def die_and_come_back(self) -> None:
@@ -270,7 +270,7 @@ class Exchange:
             self.share.take(each.report(), known=each.service.known())
             each.life = self.life
         for each in self.replicas:
-            each.learn(self.share.answer(each.name, f"{each.name}-0", since=0))
+            each.learn(self.share.answer(each.name, f"{each.name}-0", since=UNTOLD))
             self.alone[each.name] = 0.0
 
 
@@ -338,7 +338,7 @@ def test_a_million_tenants_pass_through_in_bounded_memory(num_thousands: int) ->
     share.add_replica("a")
     held_back = AccountReport(served=Served(), num_waiting=1)
     share.take(Report(replica="a", epoch="e", sequence=0, accounts={F: held_back}))
-    sizes, version = [], 0
+    sizes, version = [], UNTOLD
     for number in range(1, num_thousands + 1):
         names = [f"t{number}-{each}" for each in range(1000)]
         lines = {Account(name): AccountReport(served=Served(num_output_tokens=3), era=number) for name in names}
@@ -347,7 +347,7 @@ def test_a_million_tenants_pass_through_in_bounded_memory(num_thousands: int) ->
         share.take(Report(replica="a", epoch="e", sequence=number, accounts=lines))
         version = share.answer("a", "e", since=version).version
         if number in (num_thousands // 2, num_thousands):
-            num_answered = len(share.answer("a", "e", since=0).shares)
+            num_answered = len(share.answer("a", "e", since=UNTOLD).shares)
             sizes.append([len(share.counters.tenants), len(share.ledger.state()["delivered"]), num_answered])
     share.check()
     delivered = share.ledger.forgotten.num_output_tokens + sum(
@@ -385,7 +385,7 @@ def test_ten_thousand_tenants_cost_microseconds_and_bounded_memory() -> None:
     share.take(Report(replica="r0", epoch="e", sequence=0, accounts=services[0].take_report(0)))
     services[0].answered(0)
     merging_s = checking_s = 0.0
-    versions = [share.version] * 8
+    versions = [Version(share.version, share.version)] * 8
     num_shares = 0
     for sequence in range(1, 1001):
         number = sequence % 8

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_service.charges import SYSTEM, Account, Served, ServiceKind, ServiceUnit
-from cost_service.service_messages import AccountReport, FairnessAnswer, FairnessReport, ReplicaLimits
+from cost_service.service_messages import UNTOLD, AccountReport, FairnessAnswer, FairnessReport, ReplicaLimits
 from global_scheduler import fairness_service
 from global_scheduler.fairness_pool import FORGET_S, SILENT_S, OverError
 from global_scheduler.fairness_service import FairnessService, PoolName
@@ -59,7 +59,7 @@ class Replica:
     def __init__(self, name: str, epoch: str = "e0") -> None:
         self.name, self.epoch, self.sequence = name, epoch, 0
         self.service = TenantService()
-        self.life, self.version, self.absent_version, self.tells_everything = "", 0, 0, False
+        self.life, self.version, self.tells_everything = "", UNTOLD, False
 
     def serve(self, tenant: str, num: int, user: str = "u") -> None:
         account = self.service.account(tenant, user)
@@ -76,7 +76,6 @@ class Replica:
             "pool": "app/m", "service": ServiceKind.TOKENS, "replica": self.name, "epoch": self.epoch,
             "sequence": self.sequence, "accounts": list(accounts.items()), "limits": LIMITS, "life": self.life,
             "known": dict(self.service.known()) if everything else None, "version": self.version,
-            "absent_version": self.absent_version,
         }  # fmt: skip
         return FairnessReport(**values | changes)
 
@@ -87,7 +86,7 @@ class Replica:
         if answer.wants_everything:
             self.tells_everything = True
         else:
-            self.life, self.version, self.absent_version = answer.life, answer.version, answer.absent_version
+            self.life, self.version = answer.life, answer.version
 
     def exchange(self, scheduler: Scheduler, **changes: Any) -> FairnessAnswer:
         answer = send(scheduler, self.message(**changes))
@@ -391,7 +390,7 @@ JUNK = st.binary(max_size=200) | st.fixed_dictionaries(
      "replica": st.sampled_from(["a", "x", ""]), "epoch": st.sampled_from(["e0", "old", 1]), "sequence": NUMBER,
      "accounts": LINES | NUMBER, "limits": st.just(msgspec.to_builtins(LIMITS)) | NUMBER},
     optional={"known": st.dictionaries(st.text(max_size=2), NUMBER, max_size=2), "life": st.text(max_size=2),
-              "version": NUMBER, "round_trip_s": NUMBER, "unknown_field": NUMBER},
+              "version": st.tuples(NUMBER, NUMBER) | NUMBER, "round_trip_s": NUMBER, "unknown_field": NUMBER},
 ).map(msgspec.msgpack.encode)  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from cost_service.charges import Served, ServiceUnit
-from cost_service.service_messages import Answer, ReplicaLimits, Report
+from cost_service.service_messages import UNTOLD, Answer, ReplicaLimits, Report
 from global_scheduler.bound import FairnessBound, fairness_bound
 from global_scheduler.counters import FairCounters
 from global_scheduler.fair_share import FairShare
@@ -47,7 +47,7 @@ class Engine:
         self.bypass = Bypass(cluster.bypass_tokens, cluster.bypass_service)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
-        self.sequence = self.version = 0
+        self.sequence, self.version = 0, UNTOLD
         self.heard_of = 0
         self.num_idle_offences = self.num_used = 0
         for tenant, weight in cluster.weights.items():
@@ -352,7 +352,7 @@ class Cluster:
             self.next_sync_s[number] = self.now_s + self.sync_s
             if self.scheduler_down:
                 continue
-            first = engine.heard_of != self.life or engine.version == 0
+            first = engine.heard_of != self.life or engine.version == UNTOLD
             known = engine.service.known() if engine.heard_of != self.life else None
             report = engine.report(everything=first)
             if self.loses and self.chance.random() < self.loses:
@@ -360,7 +360,9 @@ class Cluster:
             self.share.take(report, known=known)
             if self.loses and self.chance.random() < self.loses:
                 continue
-            answer = self.share.answer(engine.name, engine.epoch, since=0 if first else engine.version)
+            answer = self.share.answer(
+                engine.name, engine.epoch, since=UNTOLD if first else engine.version, named=report.accounts
+            )
             self.in_flight.append((self.now_s + STEP_S, engine, report.sequence, answer, self.life))
         if self.store_s is not None and self.now_s >= self.next_store_s and not self.scheduler_down:
             self.next_store_s = self.now_s + self.store_s

@@ -9,14 +9,13 @@ from collections import Counter, deque
 
 import pytest
 
-from cost_service.charges import Account, Served, ServiceUnit
-from cost_service.service_messages import Answer, Report
+from cost_service.charges import Account, Served
+from cost_service.service_messages import UNTOLD, Answer, Report
 from global_scheduler import fair_share
 from global_scheduler.fair_share import ABSENT_EVERY, MAX_ABSENT, FairShare
 from replicas.tenant_service import TenantService
 
 NUM_TENANTS = 2 * MAX_ABSENT
-UNIT = ServiceUnit()
 
 
 class Replica:
@@ -24,7 +23,7 @@ class Replica:
 
     def __init__(self, name: str, share: FairShare) -> None:
         self.name, self.share, self.service = name, share, TenantService()
-        self.sequence = self.version = self.absent_version = 0
+        self.sequence, self.version = 0, UNTOLD
         share.add_replica(name)
 
     def serve(self, tenant: str, num: int = 1) -> None:
@@ -39,12 +38,10 @@ class Replica:
         if report_lost:
             return None
         self.share.take(report)
-        return self.share.answer(
-            self.name, "e", since=self.version, absent_since=self.absent_version, named=report.accounts
-        )  # fmt: skip
+        return self.share.answer(self.name, "e", since=self.version, named=report.accounts)
 
     def hear(self, answer: Answer) -> set[str]:
-        self.version, self.absent_version = answer.version, answer.absent_version
+        self.version = answer.version
         self.service.learn(*answer.shares)
         self.service.answered(self.sequence)
         return {each.tenant for each in answer.shares}
@@ -132,7 +129,7 @@ def test_a_removed_replicas_tenants_wait_there_no_more_and_others_are_told() -> 
     b.exchange()
     share.remove_replica("r0")
     assert b.exchange() == {"t1"}
-    (word,) = share.answer("r1", "e", since=0, named=[Account("t1")]).shares[:1]
+    (word,) = share.answer("r1", "e", since=UNTOLD, named=[Account("t1")]).shares[:1]
     assert (word.tenant, word.waits) == ("t1", False)
 
 
@@ -209,7 +206,7 @@ def test_whatever_is_lost_all_agree_on_those_who_are_there_and_soon_on_everybody
         replica = crowd.replica
         answer = replica.ask(report_lost=chance.random() < 0.1)
         if answer is not None and chance.random() < 0.9:
-            num_withheld += answer.absent_version < answer.version
+            num_withheld += answer.version.absent < answer.version.present
             replica.hear(answer)
             for account in crowd.here:
                 counter = share.counters.tenants.counter(account.tenant)
